@@ -1,0 +1,113 @@
+# vmsilo. `make help` lists the targets.
+PREFIX ?= /usr/local
+DESTDIR ?=
+LIBDIR ?= $(PREFIX)/lib/vmsilo
+DOCDIR ?= $(PREFIX)/share/doc/vmsilo
+UNITDIR ?= /usr/lib/systemd/system
+PYTHON ?= /usr/bin/python3
+
+CACHE := .cache
+VENV := $(CACHE)/venv
+RUN := $(VENV)/bin
+
+# What the product needs from Debian (README names the same); then what its tests and the container host need.
+RUNTIME_PACKAGES := python3-venv python3-gi python3-pydbus python3-systemd python3-cairo gir1.2-glib-2.0 \
+	dbus polkitd mmdebstrap erofs-utils
+TEST_PACKAGES := systemd-container util-linux nftables iproute2 busybox-static cpio
+
+PYTHON_ROOTS := daemon client guest
+CLIENTS := vm-run vm-start vm-stop vm-start-debug vmsilo
+STDLIB_PROGRAMS := vmsilo-relayd:vmsilo_relay.__main__ vmsilo-launch:vmsilo_launch.launch
+VENV_PROGRAMS := vmsilod:vmsilod.main vmsilo-check:vmsilod.config.check vmsilo-image:vmsilo_image.__main__
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+packages: ## install the Debian packages that tests and demo need (root)
+	@missing=$$(dpkg-query -W -f '$${db:Status-Status} $${Package}\n' $(RUNTIME_PACKAGES) $(TEST_PACKAGES) 2>&1 \
+		| grep -v '^installed ' || true); \
+	if [ -n "$$missing" ]; then apt-get update -q && DEBIAN_FRONTEND=noninteractive \
+		apt-get install -y -q --no-install-recommends $(RUNTIME_PACKAGES) $(TEST_PACKAGES); fi
+
+$(VENV)/.made: pyproject.toml
+	$(PYTHON) -m venv --system-site-packages $(VENV)
+	$(RUN)/pip install -q --no-warn-conflicts 'pydantic>=2.10,<3' 'pyroute2>=0.7.2,<0.10' 'inotify-simple>=1.3.5,<3' \
+		'jeepney>=0.8' 'ruff>=0.6' 'mypy>=1.11' 'pytest>=8'
+	touch $@
+
+venv: packages $(VENV)/.made
+
+test: venv ## lint, unit, bus, host and end-to-end tests: what CI runs
+	$(RUN)/python -m hosts.suite
+
+fast: venv ## lint, unit and bus tests only (two minutes)
+	$(RUN)/python -m hosts.suite --fast
+
+lint: venv ## ruff and mypy
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+demo: venv ## install vmsilo in a container host and show a real VM answering vm-run
+	$(RUN)/python -m hosts.demo
+
+bench: venv ## measure, side by side in one run; see docs/performance.md
+	$(RUN)/python -m bench
+
+shell: venv ## a root shell in the container host with vmsilo installed
+	$(RUN)/python -m hosts.shell
+
+clean: ## remove everything that tests and demo cached
+	$(PYTHON) tests/hosts/clean.py $(CACHE)
+
+install: ## install below PREFIX (root); README says what to do then
+	install -d $(DESTDIR)$(LIBDIR)/bin $(DESTDIR)$(LIBDIR)/empty $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(DOCDIR)
+	for root in $(PYTHON_ROOTS); do \
+		rm -rf $(DESTDIR)$(LIBDIR)/$$root; cp -r --no-preserve=ownership $$root $(DESTDIR)$(LIBDIR)/$$root; done
+	$(PYTHON) -m venv --system-site-packages $(DESTDIR)$(LIBDIR)/venv
+	$(DESTDIR)$(LIBDIR)/venv/bin/pip install -q --no-warn-conflicts 'pydantic>=2.10,<3' 'pyroute2>=0.7.2,<0.10' \
+		'inotify-simple>=1.3.5,<3' 'jeepney>=0.8'
+	for name in $(CLIENTS); do ./systemd/entry client $(LIBDIR) $$name > $(DESTDIR)$(PREFIX)/bin/$$name; \
+		chmod 755 $(DESTDIR)$(PREFIX)/bin/$$name; done
+	for entry in $(STDLIB_PROGRAMS); do ./systemd/entry stdlib $(LIBDIR) $${entry#*:} > $(DESTDIR)$(LIBDIR)/bin/$${entry%%:*}; \
+		chmod 755 $(DESTDIR)$(LIBDIR)/bin/$${entry%%:*}; done
+	for entry in $(VENV_PROGRAMS); do ./systemd/entry venv $(LIBDIR) $${entry#*:} > $(DESTDIR)$(LIBDIR)/bin/$${entry%%:*}; \
+		chmod 755 $(DESTDIR)$(LIBDIR)/bin/$${entry%%:*}; done
+	$(PYTHON) -m compileall -q $(DESTDIR)$(LIBDIR)/daemon $(DESTDIR)$(LIBDIR)/client $(DESTDIR)$(LIBDIR)/guest
+	install -d $(DESTDIR)$(UNITDIR) $(DESTDIR)/usr/lib/sysusers.d $(DESTDIR)/usr/lib/tmpfiles.d \
+		$(DESTDIR)/usr/share/dbus-1/system.d $(DESTDIR)/usr/share/dbus-1/system-services \
+		$(DESTDIR)/usr/share/polkit-1/actions $(DESTDIR)/etc/vmsilo/vms.d
+	for unit in vmsilod.service vmsilo-relayd.service; do \
+		sed -e 's|@libdir@|$(LIBDIR)|g' -e 's|@docdir@|$(DOCDIR)|g' systemd/$$unit.in > $(DESTDIR)$(UNITDIR)/$$unit; done
+	install -m 644 systemd/vmsilod.socket systemd/vmsilo-relayd.socket systemd/vmsilo.slice systemd/vmsilo-vms.target \
+		$(DESTDIR)$(UNITDIR)/
+	install -m 644 systemd/vmsilo.sysusers.conf $(DESTDIR)/usr/lib/sysusers.d/vmsilo.conf
+	install -m 644 systemd/vmsilo.tmpfiles.conf $(DESTDIR)/usr/lib/tmpfiles.d/vmsilo.conf
+	install -m 644 systemd/org.vmsilo1.conf $(DESTDIR)/usr/share/dbus-1/system.d/
+	sed -e 's|@libdir@|$(LIBDIR)|g' systemd/org.vmsilo1.service.in > $(DESTDIR)/usr/share/dbus-1/system-services/org.vmsilo1.service
+	install -m 644 polkit/org.vmsilo1.policy $(DESTDIR)/usr/share/polkit-1/actions/
+	install -D -m 644 client/completion/vmsilo.bash $(DESTDIR)/usr/share/bash-completion/completions/vm-run
+	for name in vm-start vm-stop vm-start-debug vmsilo; do \
+		ln -sf vm-run $(DESTDIR)/usr/share/bash-completion/completions/$$name; done
+	cp -r --no-preserve=ownership README.md docs $(DESTDIR)$(DOCDIR)/
+	[ -n "$(DESTDIR)" ] || systemd-sysusers /usr/lib/sysusers.d/vmsilo.conf
+	[ -n "$(DESTDIR)" ] || systemd-tmpfiles --create /usr/lib/tmpfiles.d/vmsilo.conf
+	[ -n "$(DESTDIR)" ] || [ ! -d /run/systemd/system ] || { systemctl daemon-reload && \
+		systemctl reload dbus.service; }
+	@echo "installed; next: write /etc/vmsilo/vmsilo.toml and a VM below /etc/vmsilo/vms.d (examples: $(DOCDIR)/docs/examples)"
+
+uninstall: ## remove what install put there; configuration and images stay
+	[ ! -d /run/systemd/system ] || systemctl disable --now vmsilod.service vmsilod.socket vmsilo-relayd.socket || true
+	rm -rf $(DESTDIR)$(LIBDIR) $(DESTDIR)$(DOCDIR)
+	for name in vm-run vm-start vm-stop vm-start-debug vmsilo; do rm -f $(DESTDIR)$(PREFIX)/bin/$$name \
+		$(DESTDIR)/usr/share/bash-completion/completions/$$name; done
+	for unit in vmsilod.service vmsilo-relayd.service vmsilod.socket vmsilo-relayd.socket vmsilo.slice vmsilo-vms.target; do \
+		rm -f $(DESTDIR)$(UNITDIR)/$$unit; done
+	rm -f $(DESTDIR)/usr/lib/sysusers.d/vmsilo.conf $(DESTDIR)/usr/lib/tmpfiles.d/vmsilo.conf \
+		$(DESTDIR)/usr/share/dbus-1/system.d/org.vmsilo1.conf \
+		$(DESTDIR)/usr/share/dbus-1/system-services/org.vmsilo1.service \
+		$(DESTDIR)/usr/share/polkit-1/actions/org.vmsilo1.policy $(DESTDIR)/etc/polkit-1/rules.d/50-vmsilo.rules
+	[ ! -d /run/systemd/system ] || systemctl daemon-reload
+
+.PHONY: help packages venv test fast lint demo bench shell clean install uninstall
+export PYTHONPATH := daemon:client:guest:tests

@@ -1,0 +1,61 @@
+# Bash completion of vm-run, vm-start, vm-stop, vm-start-debug and vmsilo. VM names are those with a command socket.
+
+_vmsilo_names() {
+    local socket name
+    for socket in /run/vmsilo/*-command.socket; do
+        name=${socket##*/}
+        name=${name%-command.socket}
+        [[ $name =~ ^[a-z][a-z0-9-]{0,30}$ ]] && printf '%s\n' "$name"
+    done
+}
+
+_vmsilo_words() {
+    mapfile -t COMPREPLY < <(compgen -W "$1" -- "${COMP_WORDS[COMP_CWORD]}")
+}
+
+_vmsilo_vm_run() {
+    local at word
+    for ((at = 1; at < COMP_CWORD; at++)); do
+        word=${COMP_WORDS[at]}
+        case $word in
+            --cwd | --env | --escapes | --timeout) ((at++)) ;;
+            -*) ;;
+            *) return ;; # the command and its arguments are the guest's
+        esac
+    done
+    if [[ ${COMP_WORDS[COMP_CWORD - 1]} == --escapes ]]; then
+        _vmsilo_words 'colour all'
+    elif [[ ${COMP_WORDS[COMP_CWORD]} == -* ]]; then
+        _vmsilo_words '--root --detach --no-start --cwd --env --escapes --timeout --help'
+    else
+        _vmsilo_words "$(_vmsilo_names)"
+    fi
+}
+
+_vmsilo_vm() {
+    local options=--help
+    case ${1##*/} in
+        vm-start) options='--wait --help' ;;
+        vm-stop) options='--force --timeout --help' ;;
+        vm-start-debug) options='--escapes --help' ;;
+    esac
+    if [[ ${COMP_WORDS[COMP_CWORD]} == -* ]]; then
+        _vmsilo_words "$options"
+    else
+        _vmsilo_words "$(_vmsilo_names)"
+    fi
+}
+
+_vmsilo_vmsilo() {
+    if ((COMP_CWORD == 1)); then
+        _vmsilo_words 'list status check image version help'
+    elif [[ ${COMP_WORDS[COMP_CWORD]} == -* ]]; then
+        _vmsilo_words '--json'
+    elif [[ ${COMP_WORDS[1]} == status ]]; then
+        _vmsilo_words "$(_vmsilo_names)"
+    fi
+}
+
+complete -o default -F _vmsilo_vm_run vm-run
+complete -F _vmsilo_vm vm-start vm-stop vm-start-debug
+complete -F _vmsilo_vmsilo vmsilo

@@ -1,0 +1,60 @@
+"""Why a command socket gave no connection: asks vmsilod.
+
+Only on the way to an error message, never on the warm path.
+"""
+
+from vmsilo.bus import NOT_RUNNING_HINT, Bus, describe_end, unknown_vm
+from vmsilo.errors import ClientError, SocketClosedError
+from vmsilo.names import list_names
+from vmsilo.place import Place
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+
+def explain(name: str, place: Place, closed: SocketClosedError) -> ClientError | None:
+    """The error to show; None if the VM only stopped meanwhile, so that a second try starts it again."""
+    try:
+        bus = Bus(place)
+        try:
+            vms = bus.find_vms()
+        finally:
+            bus.close()
+    except ClientError as failed:
+        known = list_names(place)
+        if known and name not in known:
+            return unknown_vm(name, known, place)
+        return ClientError(f"{closed.fact}; {failed.fact}", failed.hint or NOT_RUNNING_HINT)
+    for vm in vms:
+        if vm.get("Name") == name:
+            return _explain_vm(name, vm, closed)
+    return unknown_vm(name, [str(vm.get("Name", "")) for vm in vms], place)
+
+
+def _explain_vm(name: str, vm: "dict[str, Any]", closed: SocketClosedError) -> ClientError | None:
+    state = vm.get("State")
+    if state == "broken":
+        return ClientError(f"VM '{name}' has a broken configuration: {describe_end(vm)}", "vmsilo check")
+    if state == "failed":
+        return ClientError(
+            f"VM '{name}' failed to start: {describe_end(vm)}", f"journalctl -b -u vmsilo-{name}-vm"
+        )
+    if state in ("stopped", "stopping"):
+        return None
+    return ClientError(closed.fact, f"systemctl status vmsilo-relayd vmsilo-{name}-vm")
+
+
+def check_running(name: str, place: Place) -> None:
+    """Raises ClientError unless the VM runs, or is about to. Starts nothing."""
+    bus = Bus(place)
+    try:
+        vms = bus.find_vms()
+    finally:
+        bus.close()
+    for vm in vms:
+        if vm.get("Name") == name:
+            if vm.get("State") not in ("running", "starting"):
+                raise ClientError(f"VM '{name}' is not running", f"vm-start {name}")
+            return
+    raise unknown_vm(name, [str(vm.get("Name", "")) for vm in vms], place)

@@ -1,0 +1,187 @@
+"""vmsilo: lists VMs for people and for programs, and hands other work to the programs that do it."""
+
+import os
+import time
+
+from vmsilo.bus import Bus, check_known
+from vmsilo.errors import ClientError, UsageError, printable
+from vmsilo.names import check_name
+from vmsilo.options import parse_options
+from vmsilo.place import Place
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+USAGE = """\
+Usage: vmsilo COMMAND [ARGUMENT]...
+
+  list [--json]           the VMs: state, VMM, memory, CPUs, time since start
+  status [--json] [NAME]  the same; everything about one VM
+  check [--json]          check the configuration
+  image ...               build and list images; see vmsilo image --help
+  version                 print the version
+  help                    this text
+
+Exit status: 0 done, 1 failed, 2 wrong command line; status NAME: 3 if the VM does not run.
+"""
+HEADINGS = ("NAME", "STATE", "VMM", "MEMORY", "CPUS", "UPTIME", "NOTE")
+STATE_COLOURS = {"running": "32", "starting": "33", "stopping": "33", "failed": "31", "broken": "31"}
+NOT_RUNNING = 3  # as systemctl status has it
+
+
+def main(argv: list[str], place: Place) -> int:
+    command, arguments = (argv[0], argv[1:]) if argv else ("help", [])
+    if command in ("help", "--help", "-h"):
+        _print(USAGE)
+        return 0
+    if command in ("version", "--version"):
+        _print(f"vmsilo {_version(place)}\n")
+        return 0
+    if command in ("check", "image"):
+        return _become(f"{place.libdir}/bin/vmsilo-{command}", arguments)
+    if command not in ("list", "status"):
+        raise UsageError(f"unknown command '{printable(command, 60)}'", "vmsilo help")
+    options, rest = parse_options(arguments, ("--json", "--help", "-h"), ())
+    if "--help" in options or "-h" in options:
+        _print(USAGE)
+        return 0
+    if len(rest) > (command == "status"):
+        raise UsageError(f"vmsilo {command} takes no more arguments")
+    as_json = "--json" in options
+    return (
+        _show_vm(check_name(rest[0]), place, as_json=as_json) if rest else _show_all(place, as_json=as_json)
+    )
+
+
+def _become(path: str, arguments: list[str]) -> int:
+    try:
+        os.execv(path, [path, *arguments])
+    except OSError as exc:
+        raise ClientError(f"cannot execute {path}: {exc.strerror}") from exc
+
+
+def _version(place: Place) -> str:
+    path = f"{place.libdir}/VERSION"
+    try:
+        with open(path, encoding="utf-8") as file:  # noqa: PTH123 - pathlib is not needed elsewhere
+            return printable(file.read(100))
+    except OSError as exc:
+        raise ClientError(f"cannot read {path}: {exc.strerror}") from exc
+
+
+def _print(text: str) -> None:
+    data = text.encode("utf-8", "replace")
+    while data:
+        data = data[os.write(1, data) :]
+
+
+def _fetch(name: str | None, place: Place) -> "list[dict[str, Any]]":
+    bus = Bus(place)
+    try:
+        return bus.find_vms() if name is None else [check_known(bus, name, place)]
+    finally:
+        bus.close()
+
+
+def _show_all(place: Place, *, as_json: bool) -> int:
+    vms = _fetch(None, place)
+    if as_json:
+        _print_json(vms)
+        return 0
+    if not vms:
+        _print("No VMs are configured.\n")
+        return 0
+    rows = [HEADINGS, *(_row(vm) for vm in sorted(vms, key=lambda vm: str(vm.get("Name"))))]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADINGS))]
+    coloured = os.isatty(1)
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        if coloured and row[1] in STATE_COLOURS:
+            cells[1] = f"\x1b[{STATE_COLOURS[row[1]]}m{cells[1]}\x1b[0m"
+        lines.append("  ".join(cells).rstrip())
+    _print("\n".join(lines) + "\n")
+    return 0
+
+
+def _row(vm: "dict[str, Any]") -> tuple[str, ...]:
+    return (
+        printable(vm.get("Name", ""), 40),
+        printable(vm.get("State", ""), 20),
+        printable(vm.get("Vmm") or "-", 30),
+        f"{_number(vm.get('Memory'))} MiB",
+        str(_number(vm.get("Cpus"))),
+        _uptime(vm),
+        _note(vm),
+    )
+
+
+def _note(vm: "dict[str, Any]") -> str:
+    notes = []
+    if vm.get("RestartNeeded"):
+        notes.append("restart needed")
+    problems = vm.get("Problems") or []
+    if problems:
+        notes.append(
+            printable(problems[0], 100) + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
+        )
+    if vm.get("State") == "failed" and vm.get("LastResult"):
+        notes.append(printable(vm["LastResult"], 100))
+    elif vm.get("State") == "starting" and vm.get("Status"):
+        notes.append(printable(vm["Status"], 100))
+    return "; ".join(notes)
+
+
+def _number(value: object) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def _uptime(vm: "dict[str, Any]") -> str:
+    since = _number(vm.get("Since"))
+    if vm.get("State") != "running" or not since:
+        return "-"
+    seconds = max(int(time.time() - since / 1e6), 0)
+    days, rest = divmod(seconds, 86400)
+    hours, rest = divmod(rest, 3600)
+    minutes, seconds = divmod(rest, 60)
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def _show_vm(name: str, place: Place, *, as_json: bool) -> int:
+    (vm,) = _fetch(name, place)
+    if as_json:
+        _print_json(vm)
+    else:
+        shown = {key: _text(key, vm) for key in vm if key != "Problems"}
+        width = max(len(key) for key in shown)
+        lines = [f"{printable(key, 40).ljust(width)}  {value}".rstrip() for key, value in shown.items()]
+        if vm.get("RestartNeeded"):
+            lines.append(f"restart needed: the configuration of '{name}' has changed since it was started")
+        lines += [f"problem: {printable(problem)}" for problem in vm.get("Problems") or []]
+        _print("\n".join(lines) + "\n")
+    return 0 if vm.get("State") == "running" else NOT_RUNNING
+
+
+def _text(key: str, vm: "dict[str, Any]") -> str:
+    value = vm[key]
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if key == "Memory":
+        return f"{_number(value)} MiB"
+    if key == "Since":
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(_number(value) / 1e6)) if value else "-"
+        return f"{stamp} ({_uptime(vm)})" if vm.get("State") == "running" else stamp
+    if isinstance(value, list | tuple):
+        return " ".join(printable(item, 100) for item in value) or "-"
+    return printable(value)
+
+
+def _print_json(value: object) -> None:
+    import json
+
+    _print(json.dumps(value, indent=2, sort_keys=True) + "\n")

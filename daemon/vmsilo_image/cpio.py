@@ -1,0 +1,80 @@
+"""newc cpio archives, the format of a Linux initramfs. Pure functions; imports nothing beyond the small
+standard library, because vmsilod imports this for `secret_archive`.
+
+Format: Documentation/driver-api/early-userspace/buffer-format.rst of the kernel. Archives may simply follow
+each other when each starts at a multiple of 4 bytes.
+"""
+
+from __future__ import annotations
+
+import re
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+MAGIC = b"070701"
+TRAILER = "TRAILER!!!"
+ALIGN = 4
+SECRET = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One member, owned by root. `mode` carries the file type; a symbolic link's `data` is its target."""
+
+    name: str
+    mode: int
+    data: bytes = b""
+    device: tuple[int, int] = (0, 0)
+
+
+def directory(name: str, mode: int = 0o755) -> Entry:
+    return Entry(name, stat.S_IFDIR | mode)
+
+
+def regular(name: str, data: bytes, mode: int = 0o644) -> Entry:
+    return Entry(name, stat.S_IFREG | mode, data)
+
+
+def symlink(name: str, target: str) -> Entry:
+    return Entry(name, stat.S_IFLNK | 0o777, target.encode())
+
+
+def character_device(name: str, mode: int, device: tuple[int, int]) -> Entry:
+    return Entry(name, stat.S_IFCHR | mode, device=device)
+
+
+def newc_archive(entries: Iterable[Entry]) -> bytes:
+    """The archive with its trailer, its length a multiple of 4. Parents must come before their children."""
+    out = bytearray()
+    for number, entry in enumerate(entries, start=1):
+        _append(out, number, entry)
+    _append(out, 0, Entry(TRAILER, 0))
+    return bytes(out)
+
+
+def secret_archive(secret_hex: str) -> bytes:
+    """What the host appends to an image's initrd for one boot: /vmsilo/secret, mode 0400."""
+    if not SECRET.fullmatch(secret_hex):
+        raise ValueError("a secret is 64 lower-case hexadecimal digits")
+    return newc_archive(
+        [directory("vmsilo", 0o700), regular("vmsilo/secret", secret_hex.encode() + b"\n", 0o400)]
+    )
+
+
+def pad(data: bytes, align: int = ALIGN) -> bytes:
+    return data + bytes(-len(data) % align)
+
+
+def _append(out: bytearray, number: int, entry: Entry) -> None:
+    name = entry.name.encode() + b"\0"
+    links = 2 if stat.S_ISDIR(entry.mode) else 1
+    major, minor = entry.device
+    fields = (number, entry.mode, 0, 0, links, 0, len(entry.data), 0, 0, major, minor, len(name), 0)
+    out += MAGIC + b"".join(b"%08X" % field for field in fields) + name
+    out += bytes(-len(out) % ALIGN)
+    out += entry.data
+    out += bytes(-len(out) % ALIGN)

@@ -1,0 +1,103 @@
+"""The initrd of an image: busybox, guest/image/init and the few modules that stand between the kernel and
+its root. Called by build; reads the root directory, writes nothing.
+
+Neither the archive nor the modules in it are compressed: the host hands it over by a copy in memory, and
+the guest saves the time of unpacking. All other modules stay in the root image for udev.
+"""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import subprocess
+from typing import TYPE_CHECKING
+
+from . import cpio, modules
+from .errors import ImageError
+from .tree import resolve_inside
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# Order is load order: the transports come last, so that a device finds its driver when it appears.
+WANTED = (
+    "erofs",
+    "ext4",
+    "overlay",
+    "virtio_blk",
+    "virtio_console",
+    "vsock",
+    "vmw_vsock_virtio_transport",
+    "virtio_rng",
+    # The power button, by which a VMM asks for a clean end; ACPI devices are not coldplugged later (see trim).
+    "button",
+    "virtio_pci",
+    "virtio_mmio",
+)
+APPLETS = (
+    *("cat", "cttyhack", "insmod", "mkdir", "mount", "poweroff", "rm"),
+    *("setsid", "sh", "switch_root", "usleep"),
+)
+DIRECTORIES = ("bin", "dev", "modules", "new", "proc", "root", "rw", "sys")
+
+
+def build_initrd(root: Path, release: str, init: bytes) -> bytes:
+    """The whole archive, its length a multiple of 512, so that another may follow it as it is."""
+    entries = [cpio.directory(name) for name in DIRECTORIES]
+    # The kernel opens this before init could mount /dev.
+    entries.append(cpio.character_device("dev/console", 0o600, (5, 1)))
+    entries.append(cpio.regular("init", init, 0o755))
+    entries.append(cpio.regular("bin/busybox", load_busybox(root), 0o755))
+    entries.extend(cpio.symlink(f"bin/{applet}", "busybox") for applet in APPLETS)
+    loaded = load_modules(root, release)
+    entries.extend(cpio.regular(f"modules/{name}", data) for name, data in loaded)
+    entries.append(cpio.regular("modules/list", "".join(f"{name}\n" for name, _ in loaded).encode()))
+    return cpio.pad(cpio.newc_archive(entries), 512)
+
+
+def load_busybox(root: Path) -> bytes:
+    for path in ("/bin/busybox", "/usr/sbin/busybox", "/sbin/busybox"):
+        found = resolve_inside(root, path)
+        if found.is_file():
+            return found.read_bytes()
+    raise ImageError("the image has no busybox", 'Add "busybox-static" to packages.')
+
+
+def load_modules(root: Path, release: str) -> list[tuple[str, bytes]]:
+    """(file name, uncompressed module), in load order."""
+    base = resolve_inside(root, f"/lib/modules/{release}")
+    try:
+        dependencies = (base / "modules.dep").read_text()
+        builtin = (base / "modules.builtin").read_text()
+    except OSError as error:
+        raise ImageError(f"the modules of kernel {release} cannot be read: {error.strerror}") from error
+    order = modules.plan_load_order(WANTED, dependencies, builtin)
+    return [(f"{modules.module_name(path)}.ko", uncompress(base / path)) for path in order]
+
+
+def uncompress(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+        match path.suffix:
+            case ".xz":
+                return lzma.decompress(data)
+            case ".gz":
+                return gzip.decompress(data)
+            case ".zst":
+                return unpack_zstd(data)
+    except (OSError, lzma.LZMAError) as error:
+        raise ImageError(f"kernel module {path.name} cannot be read: {error}") from error
+    return data
+
+
+def unpack_zstd(data: bytes) -> bytes:
+    # Python has zstd from 3.14 on only.
+    try:
+        result = subprocess.run(
+            ["zstd", "-dcq"], input=data, capture_output=True, check=True, env={"PATH": "/usr/bin:/bin"}
+        )
+    except FileNotFoundError as error:
+        raise ImageError("zstd is not installed", "Install the package zstd.") from error
+    except subprocess.CalledProcessError as error:
+        raise ImageError(f"zstd failed: {error.stderr.decode(errors='replace').strip()}") from error
+    return result.stdout

@@ -1,0 +1,1 @@
+"""The launcher: what a VM's unit runs before it becomes the VMM. Standard library only."""

@@ -1,0 +1,100 @@
+"""The one table from bus method to polkit action, and what the question about a call tells polkit.
+
+Called for every message before anything else is done with it. A method that is not in the table is
+refused, and so are property writes, which are not in it on purpose. Pure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vmsilod.bus.names import check_name
+from vmsilod.bus.requests import describe_command
+from vmsilod.errors import BadRequest, Denied
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+VIEW = "org.vmsilo1.view"
+START = "org.vmsilo1.start"
+STOP = "org.vmsilo1.stop"
+KILL = "org.vmsilo1.kill"
+RUN = "org.vmsilo1.run"
+RUN_AS_ROOT = "org.vmsilo1.run-as-root"
+DEBUG = "org.vmsilo1.debug"
+RELOAD = "org.vmsilo1.reload"
+ACTIONS = (VIEW, START, STOP, KILL, RUN, RUN_AS_ROOT, DEBUG, RELOAD)
+
+MANAGER_INTERFACE = "org.vmsilo1.Manager"
+VM_INTERFACE = "org.vmsilo1.VM"
+PROPERTIES_INTERFACE = "org.freedesktop.DBus.Properties"
+OBJECTS_INTERFACE = "org.freedesktop.DBus.ObjectManager"
+
+
+@dataclass(frozen=True)
+class Message:
+    """A method call as it came; `vm` is the VM whose object it was sent to, None at the root object."""
+
+    interface: str
+    method: str
+    vm: str | None
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a caller needs for a call: every one of the actions, asked with these details."""
+
+    actions: tuple[str, ...]
+    details: dict[str, str]
+
+
+def classify(message: Message) -> Need:
+    """What this call needs.
+
+    Denied for an undeclared method, BadRequest where it can't be put into a question.
+    """
+    build = _TABLE.get((message.interface, message.method))
+    if build is None:
+        raise Denied(f"{message.interface}.{message.method} is not open to anyone")
+    return build(message)
+
+
+def _of_all(*actions: str) -> Callable[[Message], Need]:
+    return lambda message: Need(actions, {} if message.vm is None else {"vm": message.vm})
+
+
+def _of_named(*actions: str) -> Callable[[Message], Need]:
+    """For the root object's methods, whose first argument is the name."""
+    return lambda message: Need(actions, {"vm": check_name(message.arguments[0])})
+
+
+def _of_run(message: Message) -> Need:
+    *name, argv, options = message.arguments
+    root = options.get("root", False)
+    if type(root) is not bool:
+        raise BadRequest("option 'root' is not of type bool")
+    vm = check_name(name[0]) if message.vm is None else message.vm
+    return Need((RUN_AS_ROOT if root else RUN,), {"vm": vm, "command": describe_command(argv)})
+
+
+_TABLE: dict[tuple[str, str], Callable[[Message], Need]] = {
+    (PROPERTIES_INTERFACE, "Get"): _of_all(VIEW),
+    (PROPERTIES_INTERFACE, "GetAll"): _of_all(VIEW),
+    (OBJECTS_INTERFACE, "GetManagedObjects"): _of_all(VIEW),
+    (MANAGER_INTERFACE, "List"): _of_all(VIEW),
+    (MANAGER_INTERFACE, "Check"): _of_all(VIEW),
+    (MANAGER_INTERFACE, "Reload"): _of_all(RELOAD),
+    (MANAGER_INTERFACE, "Start"): _of_named(START),
+    (MANAGER_INTERFACE, "Stop"): _of_named(STOP),
+    (MANAGER_INTERFACE, "Kill"): _of_named(KILL),
+    (MANAGER_INTERFACE, "Restart"): _of_named(STOP, START),
+    (MANAGER_INTERFACE, "Run"): _of_run,
+    (MANAGER_INTERFACE, "StartDebug"): _of_named(DEBUG),
+    (VM_INTERFACE, "Start"): _of_all(START),
+    (VM_INTERFACE, "Stop"): _of_all(STOP),
+    (VM_INTERFACE, "Kill"): _of_all(KILL),
+    (VM_INTERFACE, "Restart"): _of_all(STOP, START),
+    (VM_INTERFACE, "Run"): _of_run,
+}

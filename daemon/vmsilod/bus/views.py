@@ -1,0 +1,132 @@
+"""What the bus shows and whom it calls: the view of one VM, changes of views, and the Domain behind them.
+
+The lifecycle implements Domain; the bus package sees nothing else of vmsilod. Values only, no state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from gi.repository import GLib
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from vmsilod.bus.requests import RunRequest
+
+TEXT_MAX = 256
+
+
+@dataclass(frozen=True)
+class VmView:
+    """A VM as everybody with the view action sees it.
+
+    `since` is CLOCK_REALTIME in microseconds, memory in MiB.
+    """
+
+    name: str
+    state: str
+    status: str = ""
+    color: str = ""
+    memory: int = 0
+    cpus: int = 0
+    vmm: str = ""
+    restart_needed: bool = False
+    problems: tuple[str, ...] = ()
+    pid: int = 0
+    uid: int = 0
+    cid: int = 0
+    since: int = 0
+    last_result: str = ""
+    auto_start: bool = False
+    depends_on: tuple[str, ...] = ()
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class VmRemoved:
+    name: str
+
+
+@dataclass(frozen=True)
+class Reloaded:
+    """The configuration has been read again: so many VMs, so many problems."""
+
+    vms: int
+    problems: int
+
+
+Change = VmView | VmRemoved | Reloaded
+
+
+class Domain(Protocol):
+    """The VMs. Called on the loop; whatever goes wrong is a VmsiloError."""
+
+    def list_vms(self) -> Sequence[VmView]: ...
+
+    async def start(self, name: str, *, wait: bool) -> None: ...
+
+    async def stop(self, name: str, timeout: int | None) -> None:
+        """Done when the VM has ended; after `timeout` seconds it is killed."""
+
+    async def kill(self, name: str) -> None: ...
+
+    async def restart(self, name: str, timeout: int | None) -> None: ...
+
+    async def run(self, request: RunRequest) -> int:
+        """A descriptor connected to the guest agent, with SPAWN sent. The caller owns it."""
+
+    async def reload(self) -> Sequence[str]: ...
+
+    async def check(self) -> Sequence[Mapping[str, str]]: ...
+
+    async def start_debug(self, name: str, fds: tuple[int, int, int]) -> str:
+        """The unit that runs the VM. From the call on the domain owns the descriptors, whatever happens."""
+
+    def subscribe(self, callback: Callable[[Change], None]) -> Callable[[], None]:
+        """Call back on the loop after every change, until the returned function is called."""
+
+
+# D-Bus property -> (type, field of VmView). `Status` and `Problems` may quote a guest or a file.
+_PROPERTIES: dict[str, tuple[str, str]] = {
+    "Name": ("s", "name"),
+    "State": ("s", "state"),
+    "Status": ("s", "status"),
+    "Color": ("s", "color"),
+    "Memory": ("u", "memory"),
+    "Cpus": ("u", "cpus"),
+    "Vmm": ("s", "vmm"),
+    "RestartNeeded": ("b", "restart_needed"),
+    "Problems": ("as", "problems"),
+    "Pid": ("u", "pid"),
+    "Uid": ("u", "uid"),
+    "Cid": ("u", "cid"),
+    "Since": ("t", "since"),
+    "LastResult": ("s", "last_result"),
+    "AutoStart": ("b", "auto_start"),
+    "DependsOn": ("as", "depends_on"),
+    "Unit": ("s", "unit"),
+}
+
+
+def pack_properties(view: VmView) -> dict[str, GLib.Variant]:
+    return {name: _pack(kind, getattr(view, field)) for name, (kind, field) in _PROPERTIES.items()}
+
+
+def find_changes(old: VmView, new: VmView) -> list[str]:
+    """The D-Bus names of the properties that differ."""
+    return [name for name, (_, field) in _PROPERTIES.items() if getattr(old, field) != getattr(new, field)]
+
+
+def printable(text: str, limit: int = TEXT_MAX) -> str:
+    """The text on one line of bounded length, without control characters, surrogates and bidi marks."""
+    return "".join(char if char.isprintable() else "?" for char in text[:limit])
+
+
+def _pack(kind: str, value: object) -> GLib.Variant:
+    if isinstance(value, str):
+        value = printable(value)
+    elif isinstance(value, tuple):
+        value = [printable(item, 4 * TEXT_MAX) for item in value]
+    return GLib.Variant(kind, value)

@@ -1,0 +1,106 @@
+"""Checks that need more than one value: between VMs, and against this machine's files and accounts.
+
+Called by the loader after the models. Each function returns the problems that it found and changes
+nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import stat
+from typing import TYPE_CHECKING
+
+from vmsilod.config.problems import Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from vmsilod.config.schema import GlobalConfig, VmFile
+
+
+def check_account(settings: GlobalConfig, file: str) -> list[Problem]:
+    try:
+        account = pwd.getpwnam(settings.user)
+    except KeyError:
+        return [Problem(file, "user", f"this machine has no user '{settings.user}'")]
+    if account.pw_uid == 0:
+        return [Problem(file, "user", f"'{settings.user}' is root", "name the user who sits at the desktop")]
+    return []
+
+
+def check_files(vm: VmFile, find_origin: Callable[[tuple[str, ...]], str]) -> list[Problem]:
+    """Kernel, initramfs and root disk must be there and readable."""
+    wanted: list[tuple[tuple[str, ...], str | None, bool]] = [
+        (("kernel",), vm.kernel, False),
+        (("initramfs",), vm.initramfs, False),
+    ]
+    if vm.root_disk is not None:
+        wanted.append((("root_disk", "path"), vm.root_disk.path, True))
+    problems = []
+    for key, path, block_device_allowed in wanted:
+        if path is not None and (fact := _find_fault(path, block_device_allowed=block_device_allowed)):
+            problems.append(Problem(find_origin(key), ".".join(key), fact, vm=vm.name))
+    return problems
+
+
+def _find_fault(path: str, *, block_device_allowed: bool) -> str | None:
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116  # an OSError with strerror, for the message
+    except OSError as exc:
+        return f"'{path}': {exc.strerror}"
+    if not stat.S_ISREG(mode) and not (block_device_allowed and stat.S_ISBLK(mode)):
+        return f"'{path}' is not a file" + (" or block device" if block_device_allowed else "")
+    if not os.access(path, os.R_OK):
+        return f"'{path}' cannot be read"
+    return None
+
+
+def find_cycles(depends_on: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """For every VM on a cycle the shortest chain from it back to itself: {"a": ("a", "b", "a")}."""
+    cycles: dict[str, tuple[str, ...]] = {}
+    for start in depends_on:
+        chains: list[tuple[str, ...]] = [(start,)]
+        seen = set()
+        while chains and start not in cycles:
+            following = []
+            for chain in chains:
+                for name in depends_on.get(chain[-1], ()):
+                    if name == start:
+                        cycles.setdefault(start, (*chain, start))
+                    elif name not in seen:
+                        seen.add(name)
+                        following.append((*chain, name))
+            chains = following
+    return cycles
+
+
+def check_cycles(depends_on: Mapping[str, tuple[str, ...]], files: Mapping[str, str]) -> list[Problem]:
+    problems = []
+    for name, chain in find_cycles(depends_on).items():
+        fact = "names the VM itself" if len(chain) == 2 else "is a circle: " + " -> ".join(chain)
+        problems.append(Problem(files[name], "depends_on", fact, vm=name))
+    return problems
+
+
+def find_dangling(
+    depends_on: Mapping[str, tuple[str, ...]], files: Mapping[str, str], broken: frozenset[str]
+) -> list[Problem]:
+    """A VM that depends on a missing or broken VM is broken too, and so is whoever depends on that one."""
+    problems: list[Problem] = []
+    lost = set(broken)
+    while True:
+        found = []
+        for name in depends_on:
+            if name in lost:
+                continue
+            for needed in depends_on[name]:
+                if needed in depends_on and needed not in lost:
+                    continue
+                known = needed in depends_on or needed in lost
+                fact = f"names {needed}, which " + ("has problems of its own" if known else "does not exist")
+                found.append(Problem(files[name], "depends_on", fact, vm=name))
+        if not found:
+            return problems
+        problems += found
+        lost |= {problem.vm for problem in found if problem.vm}

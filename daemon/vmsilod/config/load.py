@@ -1,0 +1,207 @@
+"""Loads the whole configuration from its directories; collects every problem and raises for none.
+
+Called by vmsilod and `vmsilo check`. A broken file disables the VM that it describes, and those which
+depend on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from vmsilod.config import checks as checking
+from vmsilod.config.files import Document, FileSet, find_global, find_vms, load_document
+from vmsilod.config.model import VmConfig, resolve_vm
+from vmsilod.config.problems import Problem, describe_error, printable
+from vmsilod.config.schema import GlobalConfig, VmFile, check_vm_name
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+DEFAULT_ROOTS = (Path("/usr/share/vmsilo"), Path("/etc/vmsilo"))
+_OWNED_BY_ROOT = (Path("/usr"), Path("/etc"))
+_ModelT = TypeVar("_ModelT", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Checks:
+    """Which questions are asked of the machine.
+
+    ownership: files must belong to root and be writable by it alone; None: only if all roots are below /usr
+    and /etc.
+    """
+
+    files: bool = True
+    accounts: bool = True
+    ownership: bool | None = None
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """`vms` are usable; `broken` has every other VM with a valid name, and why.
+
+    Those reasons are in `problems` too, except that a broken global file (settings is None) is listed there
+    once and not once per VM.
+    """
+
+    settings: GlobalConfig | None
+    vms: Mapping[str, VmConfig]
+    problems: tuple[Problem, ...]
+    broken: Mapping[str, tuple[Problem, ...]]
+
+
+@dataclass
+class _Found:
+    """What one load has gathered so far."""
+
+    vms: dict[str, tuple[VmFile, Document]] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def broken_names(self) -> frozenset[str]:
+        return frozenset(problem.vm for problem in self.problems if problem.vm)
+
+
+def load_configuration(roots: Sequence[Path] = DEFAULT_ROOTS, checks: Checks | None = None) -> Configuration:
+    """`roots` are directories with vmsilo.toml and vms.d/, lowest priority first."""
+    checks = checks or Checks()
+    ownership = checks.ownership
+    if ownership is None:
+        ownership = all(any(root.is_relative_to(top) for top in _OWNED_BY_ROOT) for root in roots)
+    settings, problems = _load_global(roots, checks, ownership=ownership)
+    found = _Found(problems=problems)
+    sets, more = find_vms(roots)
+    found.problems += more
+    _load_vms(found, sets, checks, ownership=ownership)
+    _check_dependencies(found)
+    return _conclude(settings, found)
+
+
+def _load_global(
+    roots: Sequence[Path], checks: Checks, *, ownership: bool
+) -> tuple[GlobalConfig | None, list[Problem]]:
+    files, problems = find_global(roots)
+    missing = printable(roots[-1] / "vmsilo.toml") if roots else "vmsilo.toml"
+    document = load_document(files, missing_file=missing, ownership=ownership)
+    problems += document.problems
+    if files.main is None and not files.drop_ins:
+        problems.append(
+            Problem(missing, "", "does not exist", 'it must say at least user = "YOUR LOGIN NAME"')
+        )
+        return None, problems
+    if document.problems:
+        return None, problems
+    settings, faults = _validate(GlobalConfig, document, None)
+    problems += faults
+    if settings is not None and checks.accounts:
+        problems += checking.check_account(settings, document.find_origin(("user",)))
+    return (None if problems else settings), problems
+
+
+def _load_vms(found: _Found, sets: Sequence[FileSet], checks: Checks, *, ownership: bool) -> None:
+    files_of: dict[str, list[str]] = {}
+    for files in sets:
+        document = load_document(
+            files, missing_file=f"vms.d/{printable(files.stem)}.toml", ownership=ownership
+        )
+        name = _find_name(files, document)
+        if name is not None:
+            files_of.setdefault(name, []).append(document.file)
+        vm = _load_vm(found, files, document, name)
+        if vm is None:
+            continue
+        if checks.files:
+            found.problems += checking.check_files(vm, document.find_origin)
+        found.vms.setdefault(vm.name, (vm, document))
+    for name, places in files_of.items():
+        if len(places) > 1:
+            others = {file: [p for p in places if p != file] for file in places}
+            found.problems += [
+                Problem(
+                    file, "name", f"the VM {name} is also described by {', '.join(others[file])}", vm=name
+                )
+                for file in places
+            ]
+
+
+def _load_vm(found: _Found, files: FileSet, document: Document, name: str | None) -> VmFile | None:
+    found.problems += [replace(problem, vm=name) for problem in document.problems]
+    if files.main is None:
+        fact = f"drop-ins for a VM without a file {document.file}"
+        found.problems.append(Problem(printable(files.drop_ins[0].parent), "", fact, vm=name))
+        return None
+    if not files.stem.isprintable():
+        fact = "the file's name is not printable UTF-8 text"
+        found.problems.append(Problem(document.file, "", fact, vm=name))
+    if document.problems:
+        return None
+    document.content.setdefault("name", printable(files.stem))
+    vm, problems = _validate(VmFile, document, name)
+    found.problems += problems
+    return vm
+
+
+def _find_name(files: FileSet, document: Document) -> str | None:
+    """The VM that these files describe, known even if they are broken; None if its name is no name."""
+    name = document.content.get("name", files.stem)
+    try:
+        return check_vm_name(name) if isinstance(name, str) else None
+    except ValueError:
+        return None
+
+
+def _validate(
+    model: type[_ModelT], document: Document, vm: str | None
+) -> tuple[_ModelT | None, list[Problem]]:
+    try:
+        return model.model_validate(document.content), []
+    except ValidationError as exc:
+        problems = []
+        for error in exc.errors(include_url=False):
+            fact, hint = describe_error(error, _find_known_keys(model, error["loc"]))
+            place = error["loc"][:-1] if error["type"] == "extra_forbidden" else error["loc"]
+            key = ".".join(printable(part) for part in place)
+            file = document.find_origin(tuple(str(part) for part in error["loc"]))
+            problems.append(Problem(file, key, fact, hint, vm))
+        return None, problems
+
+
+def _find_known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """The keys of the table that holds `location`."""
+    for part in location[:-1]:
+        information = model.model_fields.get(str(part))
+        annotation = information.annotation if information else None
+        tables = [t for t in (annotation, *getattr(annotation, "__args__", ())) if isinstance(t, type)]
+        inner = next((t for t in tables if issubclass(t, BaseModel)), None)
+        if inner is None:
+            return []
+        model = inner
+    return list(model.model_fields)
+
+
+def _check_dependencies(found: _Found) -> None:
+    depends_on = {name: vm.depends_on for name, (vm, _) in found.vms.items()}
+    files = {name: document.find_origin(("depends_on",)) for name, (_, document) in found.vms.items()}
+    found.problems += checking.check_cycles(depends_on, files)
+    found.problems += checking.find_dangling(depends_on, files, found.broken_names())
+
+
+def _conclude(settings: GlobalConfig | None, found: _Found) -> Configuration:
+    broken: dict[str, tuple[Problem, ...]] = {}
+    for name in sorted(found.broken_names()):
+        broken[name] = tuple(problem for problem in found.problems if problem.vm == name)
+    vms = {}
+    for name, (vm, document) in sorted(found.vms.items()):
+        if name in broken:
+            continue
+        if settings is None:
+            reason = next((str(problem) for problem in found.problems if problem.vm is None), "")
+            broken[name] = (
+                Problem(document.file, "", f"the global configuration is broken: {reason}", vm=name),
+            )
+            continue
+        vms[name] = resolve_vm(settings, vm, document.sources)
+    return Configuration(settings, MappingProxyType(vms), tuple(found.problems), MappingProxyType(broken))

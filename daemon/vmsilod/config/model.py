@@ -1,0 +1,108 @@
+"""The resolved configuration of one VM: its file, with the global file's values where that is silent.
+
+Called by the loader (`resolve_vm`) and by the registry, which stores the configuration that a VM was
+started with (`to_json`, `from_json`) and compares digests for "restart needed". Never reads a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from vmsilod.config.color import parse_color
+from vmsilod.config.schema import (
+    AbsolutePath,
+    AccountName,
+    Color,
+    CrosvmOptions,
+    GlobalConfig,
+    ImageName,
+    KernelParams,
+    QemuOptions,
+    RootDisk,
+    Seconds,
+    Table,
+    VmFile,
+    VmmChoice,
+    VmName,
+    VmNames,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# Not part of what a running VM is made of: a change of these never asks for its restart.
+_OUTSIDE_DIGEST = {"sources", "auto_start"}
+
+
+class VmConfig(Table):
+    """Everything that the files say about one VM; `vmm` may still be "auto", `sources` are those files."""
+
+    name: VmName
+    user: AccountName
+    memory: int
+    cpus: int
+    color: Color
+    image: ImageName
+    kernel: AbsolutePath | None = None
+    initramfs: AbsolutePath | None = None
+    kernel_params: KernelParams = ()
+    root_disk: RootDisk | None = None
+    root_disk_readonly: bool = True
+    vmm: VmmChoice = "auto"
+    crosvm: CrosvmOptions = CrosvmOptions()
+    qemu: QemuOptions = QemuOptions()
+    auto_start: bool = False
+    depends_on: VmNames = ()
+    start_timeout: Seconds
+    stop_timeout: Seconds
+    sources: Annotated[tuple[str, ...], Field(strict=False)] = ()
+
+    @property
+    def rgb(self) -> tuple[int, int, int]:
+        """Red, green and blue of `color`, 0-255 each."""
+        return parse_color(self.color)
+
+    @property
+    def root_disk_path(self) -> str | None:
+        """The root disk of its own, None for the image's."""
+        return self.root_disk.path if self.root_disk else None
+
+    def digest(self) -> str:
+        """SHA-256 (hex) over the canonical JSON of what makes up a running VM."""
+        content = self.model_dump(mode="json", exclude=_OUTSIDE_DIGEST)
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+    def to_json(self) -> str:
+        return self.model_dump_json()
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> VmConfig:
+        """The inverse of `to_json`; raises ValueError for anything else."""
+        return cls.model_validate_json(text)
+
+
+def resolve_vm(settings: GlobalConfig, vm: VmFile, sources: Sequence[str]) -> VmConfig:
+    own = vm.model_dump(exclude={"crosvm", "qemu", "root_disk"}, exclude_none=True)
+    inherited = {
+        key: getattr(settings, key)
+        for key in ("user", "image", "vmm", "start_timeout", "stop_timeout")
+        if key not in own
+    }
+    crosvm = CrosvmOptions(
+        log_level=vm.crosvm.log_level or settings.crosvm.log_level,
+        extra_args=settings.crosvm.extra_args + vm.crosvm.extra_args,
+        extra_run_args=settings.crosvm.extra_run_args + vm.crosvm.extra_run_args,
+    )
+    qemu = QemuOptions(
+        accel=vm.qemu.accel or settings.qemu.accel,
+        machine=vm.qemu.machine or settings.qemu.machine,
+        extra_args=settings.qemu.extra_args + vm.qemu.extra_args,
+    )
+    return VmConfig(
+        **own, **inherited, crosvm=crosvm, qemu=qemu, root_disk=vm.root_disk, sources=tuple(sources)
+    )

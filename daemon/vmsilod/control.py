@@ -1,0 +1,167 @@
+"""The control socket: where launchers ask for what they execute, and a stopping unit for its guest's
+shutdown.
+
+Serves /run/vmsilo/control.sock (bound by systemd) on the GLib loop. Anybody may connect; a peer is served
+only when the kernel says that it is a process of a VM's own unit, and only for that VM. One request per
+connection. It knows nothing of VMs: it maps packets to the two calls of `Handler`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import socket
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from gi.repository import GLib
+
+from vmsilod import loop
+from vmsilod.errors import BadRequest, VmsiloError
+from vmsilod.waiting import readable
+
+if TYPE_CHECKING:
+    from vmsilod.vmm.launch import Launch
+
+log = logging.getLogger(__name__)
+
+MAX_REQUEST = 4096
+MAX_REQUEST_FDS = 4
+MAX_PEERS = 256
+REQUEST_SECONDS = 10.0
+UCRED = struct.Struct("3i")  # pid, uid, gid: unix(7) SO_PEERCRED
+UNIT_PATTERN = re.compile(r"vmsilo-([a-z][a-z0-9-]{0,30})-(vm|debug)\.service")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """The process that asks: a member of the unit `unit`, which belongs to the VM `name`."""
+
+    pid: int
+    uid: int
+    gid: int
+    name: str
+    unit: str
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the launcher executes. `stdio` are indexes into launch.fds for 0, 1, 2; `close` are ours to
+    close after sending.
+    """
+
+    launch: Launch
+    stdio: tuple[int, ...] = ()
+    close: tuple[int, ...] = field(default=())
+
+
+class Handler(Protocol):
+    async def prepare(self, peer: Peer, invocation: str, fds: list[int]) -> Prepared: ...
+
+    async def shut_down(self, peer: Peer) -> dict[str, Any]: ...
+
+
+def find_unit(pid: int, proc: Path = Path("/proc")) -> tuple[str, str] | None:
+    """(VM name, unit) of a process, by its cgroup; None for a process of any other unit."""
+    try:
+        lines = (proc / str(pid) / "cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        # "0::/vmsilo.slice/UNIT" (v2) or "1:name=systemd:/..." where the host still has a v1 hierarchy.
+        hierarchy, controllers, path = line.split(":", 2)
+        if (hierarchy == "0" and not controllers) or controllers == "name=systemd":
+            for part in path.split("/"):
+                match = UNIT_PATTERN.fullmatch(part)
+                if match:
+                    return match[1], part
+    return None
+
+
+def identify(sock: socket.socket) -> Peer | None:
+    pid, uid, gid = UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
+    found = find_unit(pid)
+    return Peer(pid, uid, gid, *found) if found else None
+
+
+class ControlServer:
+    """Accepts on a listening socket until closed."""
+
+    def __init__(self, listener: socket.socket, handler: Handler) -> None:
+        self._listener = listener
+        self._handler = handler
+        self._peers = 0
+        listener.settimeout(0)
+        self._watch = loop.watch_fd(listener.fileno(), self._accept)
+
+    def close(self) -> None:
+        GLib.source_remove(self._watch)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except BlockingIOError:
+                return
+            peer = identify(sock)
+            if peer is None or self._peers >= MAX_PEERS:
+                sock.close()
+                continue
+            sock.settimeout(0)
+            self._peers += 1
+            loop.spawn(self._serve(sock, peer))
+
+    async def _serve(self, sock: socket.socket, peer: Peer) -> None:
+        try:
+            with sock:
+                if await readable(sock.fileno(), REQUEST_SECONDS):
+                    await self._answer(sock, peer)
+        except OSError as error:
+            log.warning("launcher of %s went away: %s", peer.name, error.strerror)
+        finally:
+            self._peers -= 1
+
+    async def _answer(self, sock: socket.socket, peer: Peer) -> None:
+        data, fds, _, _ = socket.recv_fds(sock, MAX_REQUEST, MAX_REQUEST_FDS)
+        prepared: Prepared | None = None
+        try:
+            request = parse_request(data, peer)
+            if request["op"] == "stop":
+                reply = await self._handler.shut_down(peer)
+            else:
+                prepared = await self._handler.prepare(peer, request["invocation"], fds)
+                launch = prepared.launch
+                reply = {"argv": launch.argv, "env": dict(launch.env), "stdio": prepared.stdio}
+        except VmsiloError as error:
+            log.warning("VM %s: %s", peer.name, error)
+            reply = {"error": {"code": error.code, "message": str(error), "hint": error.hint}}
+        finally:
+            for fd in fds:
+                os.close(fd)
+        try:
+            # A packet this small to a fresh socket never blocks: the launcher sits in recvmsg.
+            socket.send_fds(sock, [json.dumps(reply).encode()], prepared.launch.fds if prepared else ())
+        finally:
+            for fd in prepared.close if prepared else ():
+                os.close(fd)
+
+
+def parse_request(untrusted_data: bytes, peer: Peer) -> dict[str, str]:
+    try:
+        request = json.loads(untrusted_data)
+        op, name = request["op"], request["name"]
+        invocation = request.get("invocation", "")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadRequest("the launcher's request cannot be read") from error
+    if (
+        op not in ("prepare", "stop")
+        or name != peer.name
+        or not re.fullmatch(r"[0-9a-f]{0,64}", str(invocation))
+    ):
+        raise BadRequest(f"unit {peer.unit} asked for something that is not its own")
+    return {"op": op, "invocation": str(invocation)}

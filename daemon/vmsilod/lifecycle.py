@@ -1,0 +1,283 @@
+"""The life of every VM as users see it: start, stop, run, and what changes by itself.
+
+Wired up by vmsilod's main; called by the bus, by systemd's signals, by the relay's events and by the
+configuration watch, all on the GLib loop. Every start ends in a start of the VM's unit, whoever asked. It
+keeps no truth of its own that is not also in systemd (processes) or in a record file (leases), so that it
+can be killed at any moment and go on from there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from vmsilod import loop
+from vmsilod.bus.views import Reloaded, VmRemoved
+from vmsilod.errors import ConfigBroken, NotRunning, StartFailed, Timeout, VmsiloError
+from vmsilod.spawning import send_frame, spawn_frame
+from vmsilod.vm_view import view_of
+from vmsilod.vmm import drivers
+from vmsilod.vmm.choose import VmmKind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from vmsilod.bus.requests import RunRequest
+    from vmsilod.bus.views import Change, VmView
+    from vmsilod.publication import Publication
+    from vmsilod.registry import Registry, Vm
+    from vmsilod.runs import Runs
+    from vmsilod.systemd import Systemd, UnitState
+
+log = logging.getLogger(__name__)
+
+DEFAULT_START_SECONDS = 180.0
+
+
+class Lifecycle:
+    """`bus.service.Domain` over the registry; tells each subscriber of every change."""
+
+    def __init__(self, registry: Registry, systemd: Systemd, runs: Runs, publication: Publication) -> None:
+        self._registry = registry
+        self._systemd = systemd
+        self._runs = runs
+        self._publication = publication
+        self._subscribers: list[Callable[[Change], None]] = []
+        self._refreshing: set[str] = set()
+        self._stale: set[str] = set()
+
+    # What the bus asks
+
+    def subscribe(self, callback: Callable[[Change], None]) -> Callable[[], None]:
+        self._subscribers.append(callback)
+        return lambda: self._subscribers.remove(callback)
+
+    def list_vms(self) -> list[VmView]:
+        return [view_of(vm) for vm in self._registry]
+
+    async def start(self, name: str, *, wait: bool) -> None:
+        vm = self._registry.require(name)
+        if vm.config is None and not vm.is_up:
+            raise ConfigBroken(f"VM '{name}' is disabled: {'; '.join(vm.problems)}", "vmsilo check")
+        result = await self._systemd.start(vm.service)
+        await self._refresh(vm)
+        if result != "done":
+            reason = vm.last_result or f"systemd says '{result}'"
+            raise StartFailed(f"VM '{name}' failed to start: {reason}", f"journalctl -u {vm.service}")
+        if wait:
+            await self._await_ready(vm)
+
+    async def stop(self, name: str, timeout: int | None) -> None:
+        vm = self._registry.require(name)
+        started = vm.started
+        if timeout is not None and started is not None:
+            timeout = min(timeout, started.stop_timeout)  # the unit's TimeoutStopSec= is made for that one
+            vm.stop_deadline = timeout
+        for unit in (vm.service, vm.debug_service) if vm.debug else (vm.service,):
+            await self._systemd.stop(unit)
+        await self._settle(vm)
+
+    async def kill(self, name: str) -> None:
+        vm = self._registry.require(name)
+        unit = vm.debug_service if vm.debug else vm.service
+        if not (await self._systemd.state(unit)).is_up:
+            return
+        vm.killing = True
+        stopped = loop.spawn(self._systemd.stop(unit))
+        try:
+            await self._systemd.kill(unit, signal.SIGKILL)
+        except VmsiloError as error:
+            log.info("VM %s: %s", name, error)  # it ended between the two calls
+        await loop.wait_for(stopped)
+        await self._settle(vm)
+
+    async def restart(self, name: str, timeout: int | None) -> None:
+        await self.stop(name, timeout)
+        await self.start(name, wait=True)
+
+    async def run(self, request: RunRequest) -> int:
+        """The descriptor of a connection on which the agent already has the command."""
+        vm = self._registry.require(request.name)
+        frame = spawn_frame(request)
+        if not vm.is_up:
+            if not request.start:
+                raise NotRunning(f"VM '{vm.name}' is not running", f"vm-start {vm.name}")
+            await self.start(vm.name, wait=False)
+        await self._await_ready(vm)
+        fd = await self._runs.relay.connect(vm.name, "root" if request.root else "user")
+        try:
+            await loop.in_worker(send_frame, fd, frame)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    async def reload(self) -> list[str]:
+        return [str(problem) for problem in await self._publication.reload()]
+
+    async def check(self) -> list[dict[str, str]]:
+        return await self._publication.check()
+
+    async def start_debug(self, name: str, fds: Sequence[int]) -> str:
+        """Start the VM in its debug unit with its console on `fds` (three; ours from here on)."""
+        vm = self._registry.require(name)
+        try:
+            if vm.is_up:
+                raise StartFailed(f"VM '{name}' is running", f"vm-stop {name}")
+            if vm.config is None:
+                raise ConfigBroken(f"VM '{name}' is disabled: {'; '.join(vm.problems)}", "vmsilo check")
+            self._runs.debug_terminals[name] = [os.dup(fd) for fd in fds]
+        finally:
+            for fd in fds:
+                os.close(fd)
+        vm.debug = True
+        result = await self._systemd.start(vm.debug_service)
+        for fd in self._runs.debug_terminals.pop(name, []):
+            os.close(fd)
+        await self._refresh(vm)
+        if result != "done":
+            await self._restore_socket(vm)
+            reason = vm.last_result or f"systemd says '{result}'"
+            raise StartFailed(f"VM '{name}' failed to start: {reason}", f"journalctl -u {vm.debug_service}")
+        return vm.debug_service
+
+    # What happens by itself
+
+    def unit_changed(self, unit: str) -> None:
+        """systemd reported a change of a VM's unit."""
+        vm = self._find_by_unit(unit)
+        if vm is None:
+            return
+        if vm.name in self._refreshing:
+            self._stale.add(vm.name)
+        else:
+            loop.spawn(self._refresh(vm))
+
+    def relay_event(self, event: dict[str, Any]) -> None:
+        """The guest of a VM said something to the relay, which has checked it."""
+        vm = self._registry.find(event["name"])
+        if vm is None or vm.record is None or vm.record.invocation != event["generation"]:
+            return
+        kind = event["event"]
+        if kind == "agent":
+            vm.agent = True
+        elif kind == "ready" and not vm.ready:
+            vm.ready = True
+            seconds = time.time() - vm.unit.active_since / 1e6
+            log.info("VM %s: guest ready %.1f s after its VMM", vm.name, seconds)
+        elif kind == "status":
+            vm.status = str(event.get("text", ""))
+        self.changed(vm)
+
+    def changed(self, vm: Vm) -> None:
+        """Tell the bus, `systemctl status`, and whoever waits for this VM."""
+        self._publication.show_status(vm)
+        waiters, vm.waiters = vm.waiters, []
+        for waiter in waiters:
+            waiter.set_result(None)
+        self._tell(view_of(vm))
+
+    def _tell(self, change: Change) -> None:
+        for callback in list(self._subscribers):
+            callback(change)
+
+    async def refresh_all(self) -> None:
+        for vm in self._registry:
+            await self._refresh(vm)
+
+    def configuration_applied(self, problems: int | None = None) -> None:
+        """Report VMs that came, changed or went; `problems` counts those of a configuration that was just
+        read.
+        """
+        if problems is not None:
+            self._tell(Reloaded(len(list(self._registry)), problems))
+        for name in self._registry.drop_gone():
+            self._tell(VmRemoved(name))
+        for vm in self._registry:
+            self.changed(vm)
+
+    async def _refresh(self, vm: Vm) -> None:
+        """Take over what systemd says now; when a run has ended, explain it and give back its leases."""
+        self._refreshing.add(vm.name)
+        try:
+            again = True
+            while again:
+                self._stale.discard(vm.name)
+                await self._take_over(vm)
+                again = vm.name in self._stale
+        finally:
+            self._refreshing.discard(vm.name)
+
+    async def _take_over(self, vm: Vm) -> None:
+        was_up = vm.is_up
+        vm.unit = await self._systemd.state(vm.debug_service if vm.debug else vm.service)
+        if not vm.is_up and vm.record is not None:
+            vm.last_result = explain(vm, vm.unit)
+            debug, killed = vm.debug, vm.killing
+            await self._runs.release(vm)
+            if killed and vm.unit.active == "failed":
+                await self._systemd.reset_failed(vm.debug_service if debug else vm.service)
+            if debug:
+                await self._restore_socket(vm)
+        self.changed(vm)
+        if was_up and not vm.is_up:
+            await self._publication.publish_stopped(vm)
+            self.configuration_applied()
+
+    async def _settle(self, vm: Vm) -> None:
+        """After a stop: return only when the leases are back and the state says so."""
+        await self._refresh(vm)
+        async with vm.lock:
+            pass
+
+    async def _restore_socket(self, vm: Vm) -> None:
+        vm.debug = False
+        if vm.config is not None:
+            await self._systemd.start(vm.socket)
+
+    async def _await_ready(self, vm: Vm) -> None:
+        started = vm.started
+        limit = float(started.start_timeout) if started is not None else DEFAULT_START_SECONDS
+        deadline = time.monotonic() + limit
+        while not vm.ready:
+            if not vm.is_up:
+                reason = vm.last_result or "it stopped"
+                raise StartFailed(f"VM '{vm.name}' failed to start: {reason}", f"journalctl -u {vm.service}")
+            waiter: Future[None] = Future()
+            vm.waiters.append(waiter)
+            try:
+                await loop.with_deadline(waiter, max(0.0, deadline - time.monotonic()))
+            except TimeoutError as error:
+                if waiter in vm.waiters:
+                    vm.waiters.remove(waiter)
+                raise Timeout(
+                    f"the guest of VM '{vm.name}' was not ready within {limit:.0f} s",
+                    f"sudo vm-start-debug {vm.name} shows its console",
+                ) from error
+
+    def _find_by_unit(self, unit: str) -> Vm | None:
+        for suffix in ("-vm.service", "-debug.service"):
+            if unit.startswith("vmsilo-") and unit.endswith(suffix):
+                return self._registry.find(unit.removeprefix("vmsilo-").removesuffix(suffix))
+        return None
+
+
+def explain(vm: Vm, unit: UnitState) -> str:
+    """How the run ended, for people; "" for a plain stop."""
+    if vm.killing:
+        return "killed on request"
+    if vm.record is None or not vm.record.launched:
+        return vm.last_result
+    if unit.result == "timeout":
+        return "the guest did not shut down in time and was killed"
+    exited = unit.exit_code == os.CLD_EXITED
+    driver = drivers.DRIVERS[VmmKind(vm.record.vmm)]
+    outcome = driver.explain_exit(
+        unit.exit_status if exited else None, None if exited else unit.exit_status, guest_ran=vm.agent
+    )
+    stopped_by_us = unit.result == "success"
+    return "" if stopped_by_us and outcome.kind.value in ("stopped", "killed") else outcome.message

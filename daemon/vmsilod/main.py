@@ -1,0 +1,141 @@
+"""vmsilod: wires everything together in dependency order, and runs the GLib main loop.
+
+The only constructor of long-lived parts. On SIGTERM it leaves at once: VMs, their units, leases and sockets
+stay as they are, and the next vmsilod goes on with them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+from typing import TYPE_CHECKING, Any
+
+from gi.repository import GLib
+from systemd.journal import JournalHandler
+
+from systemd import daemon
+from vmsilod import loop
+from vmsilod.bus import service
+from vmsilod.bus.polkit import Polkit
+from vmsilod.config.load import DEFAULT_ROOTS
+from vmsilod.control import ControlServer
+from vmsilod.errors import VmsiloError
+from vmsilod.lifecycle import Lifecycle
+from vmsilod.publication import Publication
+from vmsilod.registry import Registry
+from vmsilod.relay_client import RelayClient
+from vmsilod.runs import Runs
+from vmsilod.systemd import Systemd
+from vmsilod.watch import ConfigurationWatch
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+    from concurrent.futures import Future
+
+log = logging.getLogger("vmsilod")
+
+VERSION = "0.1.0"
+
+
+class Daemon:
+    """Everything that lives as long as vmsilod."""
+
+    def __init__(self, main_loop: GLib.MainLoop, control: socket.socket) -> None:
+        self._main_loop = main_loop
+        self._exit = 0
+        self._con = service.connect()
+        self._registry = Registry()
+        self._systemd = Systemd(self._con, lambda unit: self._lifecycle.unit_changed(unit))
+        self._publication = Publication(self._registry, self._systemd)
+        self._runs = Runs(self._registry, self._systemd, lambda vm: self._lifecycle.changed(vm))
+        self._lifecycle = Lifecycle(self._registry, self._systemd, self._runs, self._publication)
+        self._publication.on_applied = self._lifecycle.configuration_applied
+        self._control_socket = control
+
+    async def start(self) -> None:
+        """Repair first, then take over the configuration, then let others in."""
+        await self._systemd.subscribe()
+        await self._runs.repair()
+        await self._lifecycle.refresh_all()
+        await self._publication.reload()
+        await self._lifecycle.refresh_all()
+        self._relay = RelayClient(self._lifecycle.relay_event, lambda: _start(self._runs.agree_with_relay()))
+        self._runs.use_relay(self._relay)
+        self._relay.open()
+        self._control = ControlServer(self._control_socket, self._runs)
+        self._service = service.serve(
+            self._con, self._lifecycle, Polkit(self._con), version=VERSION, on_closed=self._lost_bus
+        )
+        self._watch = ConfigurationWatch(DEFAULT_ROOTS, lambda: _start(self._publication.reload()))
+        notify("READY=1")
+        await self._publication.start_autostart_vms()
+
+    def run(self) -> int:
+        GLib.unix_signal_add(GLib.PRIORITY_HIGH, signal.SIGTERM, self._main_loop.quit)
+        GLib.unix_signal_add(GLib.PRIORITY_HIGH, signal.SIGINT, self._main_loop.quit)
+        keep_watchdog_fed()
+        started = loop.spawn(self.start())
+        started.add_done_callback(lambda future: loop.call_soon(self._check_start, future))
+        self._main_loop.run()
+        notify("STOPPING=1")
+        return self._exit
+
+    def _check_start(self, future: Future[None]) -> None:
+        error = future.exception()
+        if error is not None:
+            log.error("cannot start: %s", error, exc_info=None if isinstance(error, VmsiloError) else error)
+            self._fail()
+
+    def _lost_bus(self) -> None:
+        log.error("the system bus is gone; starting again")
+        self._fail()
+
+    def _fail(self) -> None:
+        self._exit = 1
+        self._main_loop.quit()
+
+
+def _start(coroutine: Coroutine[Any, Any, object]) -> None:
+    loop.spawn(coroutine)
+
+
+def notify(state: str) -> None:
+    try:
+        daemon.notify(state)
+    except OSError as error:
+        log.warning("ignoring: the service manager does not hear %s: %s", state, error.strerror)
+
+
+def keep_watchdog_fed() -> None:
+    """From a timer of the main loop, so that a blocked loop is noticed."""
+    usec = int(os.environ.get("WATCHDOG_USEC", "0"))
+
+    def feed() -> bool:
+        notify("WATCHDOG=1")
+        return True
+
+    if usec:
+        GLib.timeout_add(usec // 2000, feed)
+
+
+def take_control_socket() -> socket.socket:
+    names = daemon.listen_fds_with_names()
+    for fd, name in names.items():
+        if name == "control":
+            return socket.socket(fileno=fd)
+    raise SystemExit("vmsilod: no control socket was passed; start it with: systemctl start vmsilod.service")
+
+
+def main(argv: list[str]) -> int:
+    if argv:
+        print("vmsilod: takes no arguments; it is started by systemd", file=sys.stderr)
+        return 2
+    handler: logging.Handler = JournalHandler(SYSLOG_IDENTIFIER="vmsilod")
+    if not os.environ.get("JOURNAL_STREAM"):
+        handler = logging.StreamHandler()
+    logging.basicConfig(level=logging.INFO, handlers=[handler], format="%(message)s")
+    os.umask(0o077)
+    return Daemon(GLib.MainLoop(), take_control_socket()).run()

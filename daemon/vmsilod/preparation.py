@@ -1,0 +1,122 @@
+"""Acquires what one VM start needs, as one scoped step that runs in the worker.
+
+Called by the lifecycle. Everything acquired is on an ExitStack until the whole succeeded, so a failure
+half-way gives back what was taken. It sees no state and talks to no bus.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from inotify_simple import INotify, flags
+
+from vmsilod.errors import StartFailed
+from vmsilod.resources import image, record, rundir, vsock
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SECRET_BYTES = 32
+HYBRID_READY_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """Who starts what: `uid`/`gid` are the VM's own, taken from the launcher's credentials."""
+
+    name: str
+    uid: int
+    gid: int
+    relay_gid: int
+    hybrid: bool
+    boot: image.BootChoice
+    root_readonly: bool
+    monitor_kind: socket.SocketKind
+
+
+@dataclass(frozen=True)
+class Acquired:
+    """Descriptors (owned by whoever holds this) and names. `host_port_fd` and `device_fd` are None in the
+    other mode.
+    """
+
+    secret: str
+    cid: int
+    rundir: Path
+    files: image.BootFiles
+    kernel_fd: int
+    initrd_fd: int | None
+    root_fd: int
+    monitor_fd: int
+    device_fd: int | None
+    host_port_fd: int | None
+
+    def channel(self, uid: int) -> dict[str, Any]:
+        """How the relay reaches the guest."""
+        if self.device_fd is not None:
+            return {"type": "kernel", "cid": self.cid}
+        return {"type": "hybrid", "path": str(self.rundir / "vsock" / "vsock"), "uid": uid}
+
+    def fds(self) -> list[int]:
+        every = (
+            self.kernel_fd,
+            self.initrd_fd,
+            self.root_fd,
+            self.monitor_fd,
+            self.device_fd,
+            self.host_port_fd,
+        )
+        return [fd for fd in every if fd is not None]
+
+
+def acquire(request: Request) -> Acquired:
+    """Raises a VmsiloError, and then nothing is held but the run-time directory, which the release
+    removes.
+    """
+    with ExitStack() as stack:
+
+        def keep(fd: int) -> int:
+            stack.callback(os.close, fd)
+            return fd
+
+        files = image.find_boot_files(request.boot)
+        directory = rundir.create_rundir(request.name)
+        secret = secrets.token_hex(SECRET_BYTES)
+        kernel_fd = keep(image.open_file(files.kernel))
+        root_fd = keep(image.open_file(files.root, writable=not request.root_readonly))
+        plain_kernel = request.boot.kernel is not None and files.initrd is None
+        initrd_fd = None if plain_kernel else keep(image.make_initrd(files.initrd, secret))
+        monitor_fd = keep(rundir.bind_listener(directory / "monitor.sock", request.monitor_kind, 0o600))
+        device_fd = host_port_fd = None
+        if request.hybrid:
+            cid = vsock.HYBRID_CID
+            folder = rundir.create_vsock_dir(directory, request.uid, request.relay_gid)
+            path = folder / f"vsock_{vsock.HOST_PORT}"
+            host_port_fd = keep(
+                rundir.bind_listener(path, socket.SOCK_STREAM, 0o600, (request.uid, request.gid))
+            )
+        else:
+            cid, device_fd = vsock.acquire_kernel_cid(record.STATE_DIR / "next-cid")
+            keep(device_fd)
+        stack.pop_all()
+        return Acquired(
+            secret, cid, directory, files, kernel_fd, initrd_fd, root_fd, monitor_fd, device_fd, host_port_fd
+        )
+
+
+def await_socket(path: Path) -> None:
+    """Wait until the vsock device listens at `path`; its folder tells."""
+    deadline = time.monotonic() + HYBRID_READY_SECONDS
+    with INotify() as watch:
+        watch.add_watch(path.parent, flags.CREATE | flags.MOVED_TO)
+        while not path.exists():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise StartFailed(f"the vsock device did not create {path} in {HYBRID_READY_SECONDS:.0f} s")
+            watch.read(timeout=int(left * 1000) + 1)

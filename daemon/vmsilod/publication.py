@@ -1,0 +1,150 @@
+"""Makes the configuration real: reads it, writes the VMs' units below /run/systemd/system, keeps the polkit
+rule in step.
+
+Called by main at start, by the watch after a change and by the bus for Reload. One daemon-reload per change,
+none when nothing changed. A VM that is up keeps its units until it has stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from systemd import daemon
+from vmsilod import loop
+from vmsilod.bus import rules
+from vmsilod.config.load import load_configuration
+from vmsilod.errors import VmsiloError
+from vmsilod.host import LIBDIR, Host, probe_host
+from vmsilod.resources.vsock import HYBRID_CID
+from vmsilod.units import files as unit_files
+from vmsilod.units.render import RenderedUnits, UnitContext, UnitPaths, render_units
+from vmsilod.vmm.choose import VmmKind, choose_vmm
+from vmsilod.vmm.errors import MissingVmm
+from vmsilod.waiting import Lock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmsilod.config.load import Configuration
+    from vmsilod.config.model import VmConfig
+    from vmsilod.config.problems import Problem
+    from vmsilod.registry import Registry, Vm
+    from vmsilod.systemd import Systemd
+
+log = logging.getLogger(__name__)
+
+AUTOSTART_TARGET = "vmsilo-vms.target"
+BOOTED_MARK = Path("/run/vmsilo/state/booted")
+
+
+class Publication:
+    """What is published of the registry; `on_applied(problems)` runs after each configuration that was
+    taken over.
+    """
+
+    def __init__(self, registry: Registry, systemd: Systemd) -> None:
+        self._registry = registry
+        self._systemd = systemd
+        self._lock = Lock()
+        self.on_applied: Callable[[int], None] = lambda _problems: None
+        self._shown: dict[str, str] = {}
+
+    async def reload(self) -> list[Problem]:
+        """Read everything again and take it over; returns what is wrong with it."""
+        async with self._lock:
+            configuration = await loop.in_worker(load_configuration)
+            self._registry.apply(configuration)
+            for problem in configuration.problems:
+                log.warning("%s", problem)
+            await loop.in_worker(apply_rules, configuration)
+            await self._publish(configuration)
+        self.on_applied(len(configuration.problems))
+        return list(configuration.problems)
+
+    async def check(self) -> list[dict[str, str]]:
+        configuration = await loop.in_worker(load_configuration)
+        return [
+            {"file": p.file, "key": p.key, "message": p.fact, "hint": p.hint, "vm": p.vm or ""}
+            for p in configuration.problems
+        ]
+
+    async def publish_stopped(self, vm: Vm) -> None:
+        """A VM has stopped: its units may follow its configuration now."""
+        async with self._lock:
+            await self._publish(None, only=vm.name)
+
+    async def start_autostart_vms(self) -> None:
+        """Once per boot, after the first publication."""
+        if BOOTED_MARK.exists():
+            return
+        BOOTED_MARK.touch()
+        await self._systemd.start(AUTOSTART_TARGET)
+
+    def show_status(self, vm: Vm) -> None:
+        """The guest's state in `systemctl status` of the VM's unit: NotifyAccess=main, so in the VMM's
+        name.
+        """
+        text = f"guest {'ready' if vm.ready else 'boots'}" + (f": {vm.status}" if vm.status else "")
+        if vm.unit.active != "active" or not vm.unit.main_pid or self._shown.get(vm.name) == text:
+            return
+        self._shown[vm.name] = text
+        try:
+            daemon.notify(f"STATUS={text}", pid=vm.unit.main_pid)
+        except OSError as error:
+            log.debug("ignoring: no status for %s: %s", vm.name, error.strerror)
+
+    async def _publish(self, configuration: Configuration | None, only: str | None = None) -> None:
+        host = await loop.in_worker(probe_host)
+        wanted: dict[str, RenderedUnits] = {}
+        for vm in self._registry:
+            if vm.config is not None and not vm.is_up and only in (None, vm.name):
+                wanted[vm.name] = render_units(vm.config, context_for(vm.config, host))
+        keep = frozenset(
+            vm.name for vm in self._registry if vm.is_up or (only is not None and vm.name != only)
+        )
+        change = await loop.in_worker(unit_files.write_units, wanted, keep)
+        for name in change.removed_sockets:
+            await self._systemd.stop(name)
+        if change.any:
+            await self._systemd.reload()
+        for name in sorted(wanted):
+            self._systemd.follow(f"vmsilo-{name}-vm.service")
+            self._systemd.follow(f"vmsilo-{name}-debug.service")
+            socket = f"vmsilo-{name}.socket"
+            if socket in change.changed:
+                await self._systemd.stop(socket)
+            result = await self._systemd.start(socket)
+            if result != "done":
+                log.error("socket unit %s did not start: %s", socket, result)
+
+
+def context_for(config: VmConfig, host: Host) -> UnitContext:
+    """Without a VMM the units are written all the same: the start says what is missing."""
+    try:
+        kind = choose_vmm(config.vmm).kind
+    except MissingVmm:
+        kind = VmmKind.CROSVM if config.vmm == "crosvm" else VmmKind.QEMU
+    paths = UnitPaths(libdir=str(LIBDIR))
+    if host.hybrid_device:
+        paths = dataclasses.replace(paths, vhost_device_vsock=host.hybrid_device)
+    return UnitContext(
+        owner=config.user,
+        vmm="crosvm" if kind is VmmKind.CROSVM else "qemu",
+        groups=host.groups,
+        hybrid_cid=HYBRID_CID if host.hybrid else None,
+        paths=paths,
+    )
+
+
+def apply_rules(configuration: Configuration) -> None:
+    """Blocks. The rule names the user of the configuration; without one nobody but root has a say."""
+    try:
+        if configuration.settings is None:
+            rules.remove_rules()
+        else:
+            rules.write_rules(rules.render_rules(configuration.settings.user))
+    except VmsiloError as error:
+        log.error("%s", error)

@@ -1,0 +1,138 @@
+"""The VM registry: what is configured, what runs, and how the two differ.
+
+State only: it knows neither D-Bus nor systemd, and changes nothing outside of itself. Owned by the
+lifecycle, used on the GLib loop only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vmsilod.config.model import VmConfig
+from vmsilod.errors import NoSuchVm
+from vmsilod.systemd import INACTIVE, UnitState
+from vmsilod.waiting import Lock
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from concurrent.futures import Future
+
+    from vmsilod.config.load import Configuration
+    from vmsilod.resources.record import Record
+
+
+@dataclass(eq=False)
+class Vm:
+    """One VM. `config` is what the files say now (None: broken or removed), `record` what the running VM
+    was started with.
+    """
+
+    name: str
+    config: VmConfig | None = None
+    problems: tuple[str, ...] = ()
+    configured: bool = True
+    unit: UnitState = INACTIVE
+    debug: bool = False
+    record: Record | None = None
+    agent: bool = False
+    ready: bool = False
+    status: str = ""
+    last_result: str = ""
+    killing: bool = False
+    stop_deadline: float | None = None
+    lock: Lock = field(default_factory=Lock)
+    waiters: list[Future[None]] = field(default_factory=list)
+
+    @property
+    def service(self) -> str:
+        return f"vmsilo-{self.name}-vm.service"
+
+    @property
+    def debug_service(self) -> str:
+        return f"vmsilo-{self.name}-debug.service"
+
+    @property
+    def socket(self) -> str:
+        return f"vmsilo-{self.name}.socket"
+
+    @property
+    def is_up(self) -> bool:
+        return self.unit.is_up
+
+    @property
+    def state(self) -> str:
+        """stopped, starting (VMM or guest on its way), running (guest ready), stopping, failed, broken
+        (configuration).
+        """
+        if self.unit.active == "deactivating":
+            return "stopping"
+        if self.unit.is_up:
+            return "running" if self.ready else "starting"
+        if self.config is None:
+            return "broken"
+        return "failed" if self.unit.active == "failed" else "stopped"
+
+    @property
+    def restart_needed(self) -> bool:
+        started = self.started
+        if started is None or not self.is_up:
+            return False
+        return self.config is None or self.config.digest() != started.digest()
+
+    @property
+    def started(self) -> VmConfig | None:
+        """The configuration of the running VM, whatever the files say by now."""
+        return VmConfig.from_json(self.record.config) if self.record is not None else None
+
+    def forget_run(self) -> None:
+        """Nothing of a run is left: called when its leases were given back."""
+        self.record = None
+        self.agent = self.ready = self.killing = self.debug = False
+        self.status = ""
+        self.stop_deadline = None
+
+
+class Registry:
+    """All VMs by name; a VM whose configuration is gone stays until it has stopped."""
+
+    def __init__(self) -> None:
+        self._vms: dict[str, Vm] = {}
+
+    def __iter__(self) -> Iterator[Vm]:
+        return iter([self._vms[name] for name in sorted(self._vms)])
+
+    def find(self, name: str) -> Vm | None:
+        return self._vms.get(name)
+
+    def require(self, name: str) -> Vm:
+        vm = self._vms.get(name)
+        if vm is None:
+            raise NoSuchVm(f"there is no VM '{name}'", "vmsilo list")
+        return vm
+
+    def adopt(self, name: str) -> Vm:
+        """The VM of a run that a record names, whether or not it is still configured."""
+        return self._vms.setdefault(name, Vm(name, configured=False))
+
+    def apply(self, configuration: Configuration) -> None:
+        """Take over a newly read configuration; running VMs keep what they were started with."""
+        broken = configuration.broken
+        names = set(configuration.vms) | set(broken)
+        for name in names:
+            vm = self._vms.setdefault(name, Vm(name))
+            vm.config = configuration.vms.get(name)
+            vm.problems = tuple(str(problem) for problem in broken.get(name, ()))
+            vm.configured = True
+        for vm in list(self._vms.values()):
+            if vm.name not in names:
+                vm.config, vm.configured, vm.problems = None, False, ("its configuration file is gone",)
+
+    def drop_gone(self) -> list[str]:
+        """Remove and name the VMs that are neither configured nor running."""
+        gone = [
+            vm.name for vm in self._vms.values() if not vm.configured and not vm.is_up and vm.record is None
+        ]
+        for name in gone:
+            del self._vms[name]
+        return gone

@@ -1,0 +1,121 @@
+"""What a VM boots from: the current version of its image, or the files its configuration names, as open
+descriptors.
+
+Called in the worker by the lifecycle. Descriptors are opened by root and handed to the VMM, so the VMM's uid
+needs no access to any path. The initrd that a VMM gets is a sealed memory file: the image's initrd with the
+per-boot secret behind.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmsilo_image.cpio import secret_archive
+
+from vmsilod.errors import StartFailed
+
+IMAGES_DIR = Path("/var/lib/vmsilo/images")
+COPY_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class BootFiles:
+    """Paths; `initrd` may be None only with a custom kernel. `root_format` is "erofs" or "raw"."""
+
+    kernel: Path
+    initrd: Path | None
+    root: Path
+    root_format: str
+    version: str
+
+
+@dataclass(frozen=True)
+class BootChoice:
+    """What the configuration says: None means "from the image"."""
+
+    image: str
+    kernel: str | None = None
+    initramfs: str | None = None
+    root_disk: str | None = None
+
+
+def find_boot_files(choice: BootChoice, images: Path = IMAGES_DIR) -> BootFiles:
+    """Resolve the image's current version once, so that a switch during a start cannot mix two versions."""
+    needs_image = not (choice.kernel and choice.root_disk)
+    base = Path()
+    if needs_image:
+        link = images / choice.image / "current"
+        try:
+            base = link.resolve(strict=True)
+            json.loads((base / "manifest.json").read_text())
+        except (OSError, ValueError) as error:
+            raise StartFailed(
+                f"image '{choice.image}' has no usable current version in {images}",
+                f"sudo vmsilo image build {choice.image}",
+            ) from error
+    own_kernel = choice.kernel is not None
+    initrd = Path(choice.initramfs) if choice.initramfs else (None if own_kernel else base / "initrd")
+    return BootFiles(
+        kernel=Path(choice.kernel) if choice.kernel else base / "vmlinuz",
+        initrd=initrd,
+        root=Path(choice.root_disk) if choice.root_disk else base / "root.erofs",
+        root_format="raw" if choice.root_disk else "erofs",
+        version=base.name if needs_image else "custom",
+    )
+
+
+def open_file(path: Path, *, writable: bool = False) -> int:
+    """Open a regular file or block device; the caller owns the descriptor."""
+    try:
+        fd = os.open(
+            path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+        )
+    except OSError as error:
+        raise StartFailed(f"cannot open {path}: {error.strerror}") from error
+    mode = os.fstat(fd).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        os.close(fd)
+        raise StartFailed(f"{path} is neither a file nor a block device")
+    os.set_blocking(fd, True)
+    return fd
+
+
+def make_initrd(initrd: Path | None, secret: str) -> int:
+    """A sealed memory file: the initrd, padded to 4 bytes, and behind it a cpio archive that holds only the
+    secret.
+
+    The kernel unpacks concatenated archives one after the other
+    (Documentation/driver-api/early-userspace/buffer-format). A command line would show the secret: argv to
+    every user of the host, /proc/cmdline to every user of the guest.
+    """
+    target = os.memfd_create("vmsilo-initrd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        size = _copy(initrd, target) if initrd is not None else 0
+        os.pwrite(target, b"\0" * (-size % 4) + secret_archive(secret), size)
+        seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+        fcntl.fcntl(target, fcntl.F_ADD_SEALS, seals)
+        # Every open of a memory file is checked against its mode: the VMM's uid opens it again by
+        # /proc/self/fd.
+        os.fchmod(target, 0o444)
+    except BaseException:
+        os.close(target)
+        raise
+    return target
+
+
+def _copy(source: Path, target: int) -> int:
+    fd = open_file(source)
+    try:
+        size = 0
+        while sent := os.sendfile(target, fd, size, COPY_CHUNK):
+            size += sent
+    except OSError as error:
+        raise StartFailed(f"cannot read {source}: {error.strerror}") from error
+    finally:
+        os.close(fd)
+    return size

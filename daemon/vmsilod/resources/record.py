@@ -1,0 +1,64 @@
+"""The lease record of each running VM: /run/vmsilo/state/NAME.json, written before anything is acquired.
+
+Owned by the lifecycle. What a VM holds can be found again from its record alone, so a daemon that was killed
+at any moment finds on its next start what to keep and what to give back. Lives in /run: it ends with the
+boot.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from vmsilod.errors import Failed
+
+STATE_DIR = Path("/run/vmsilo/state")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One VM's lease: `invocation` is systemd's INVOCATION_ID of the unit run that holds it; `config` is
+    the JSON of the configuration that it was started with.
+    """
+
+    name: str
+    unit: str
+    invocation: str
+    vmm: str
+    uid: int
+    cid: int
+    hybrid: bool
+    config: str
+    launched: bool = False
+
+
+def save_record(record: Record, directory: Path = STATE_DIR) -> None:
+    path = directory / f"{record.name}.json"
+    temporary = path.with_suffix(".new")
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with open(fd, "w") as file:  # noqa: PTH123 - a descriptor, not a path
+            json.dump(asdict(record), file)
+        temporary.rename(path)
+    except OSError as error:
+        raise Failed(f"cannot write {path}: {error.strerror}") from error
+
+
+def load_records(directory: Path = STATE_DIR) -> dict[str, Record]:
+    """Every readable record; a half-written one (never renamed) does not count."""
+    records = {}
+    for path in sorted(directory.glob("*.json")) if directory.is_dir() else ():
+        try:
+            record = Record(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError):
+            path.unlink(missing_ok=True)
+            continue
+        records[record.name] = record
+    return records
+
+
+def forget_record(name: str, directory: Path = STATE_DIR) -> None:
+    (directory / f"{name}.json").unlink(missing_ok=True)

@@ -1,0 +1,307 @@
+"""One run of a VM: leases acquired when its unit starts, the guest asked to go when it stops, everything
+given back after.
+
+Called by the lifecycle (release, repair) and, as `control.Handler`, by the launchers. Per VM these steps
+follow one another under the VM's lock. The record on disk is written before the first lease is taken and
+removed after the last is given back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+from vmsilod import loop, preparation
+from vmsilod.control import Peer, Prepared
+from vmsilod.errors import BadRequest, ConfigBroken, StartFailed, VmsiloError
+from vmsilod.host import LIBDIR, find_uid, probe_host
+from vmsilod.resources import record as records
+from vmsilod.resources import rundir, vsock
+from vmsilod.resources.image import BootChoice
+from vmsilod.resources.record import Record
+from vmsilod.units.render import vsock_unit
+from vmsilod.vmm import drivers, launch
+from vmsilod.vmm.choose import TCG_WARNING, VmmKind, choose_vmm, probe_kvm
+from vmsilod.vmm.errors import MonitorError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmsilod.config.model import VmConfig
+    from vmsilod.registry import Registry, Vm
+    from vmsilod.relay_client import RelayClient
+    from vmsilod.systemd import Systemd
+
+log = logging.getLogger(__name__)
+
+EMPTY_DIR = LIBDIR / "empty"  # crosvm's pivot root: Debian has no /var/empty
+
+
+class Runs:
+    """Leases of all running VMs."""
+
+    def __init__(self, registry: Registry, systemd: Systemd, on_change: Callable[[Vm], None]) -> None:
+        self._registry = registry
+        self._systemd = systemd
+        self._on_change = on_change
+        self._relay: RelayClient | None = None
+        self._vsock_listening = False
+        self.debug_terminals: dict[str, list[int]] = {}
+
+    def use_relay(self, relay: RelayClient) -> None:
+        self._relay = relay
+
+    @property
+    def relay(self) -> RelayClient:
+        if self._relay is None:
+            raise StartFailed("vmsilod is not connected to its relay yet", "try again")
+        return self._relay
+
+    async def prepare(self, peer: Peer, invocation: str, fds: list[int]) -> Prepared:
+        """Everything the launcher of this unit run executes. A second request of the same run is refused."""
+        vm = self._registry.require(peer.name)
+        async with vm.lock:
+            if vm.record is not None:
+                if vm.record.launched and vm.record.invocation == invocation:
+                    raise BadRequest(f"unit {peer.unit} was given its VMM already")
+                await self._release(vm)
+            if vm.config is None:
+                raise ConfigBroken(f"VM '{vm.name}' is disabled: {'; '.join(vm.problems)}", "vmsilo check")
+            try:
+                return await self._prepare(vm, vm.config, peer, invocation, fds)
+            except VmsiloError as error:
+                await self._release(vm)
+                vm.last_result = error.message
+                raise
+            except BaseException:
+                await self._release(vm)
+                raise
+
+    async def _prepare(
+        self, vm: Vm, config: VmConfig, peer: Peer, invocation: str, fds: list[int]
+    ) -> Prepared:
+        host = await loop.in_worker(probe_host)
+        host.require_vsock()
+        choice = choose_vmm(config.vmm)
+        driver = drivers.DRIVERS[choice.kind]
+        vm.record = Record(
+            name=vm.name,
+            unit=peer.unit,
+            invocation=invocation,
+            vmm=choice.kind.value,
+            uid=peer.uid,
+            cid=0,
+            hybrid=host.hybrid,
+            config=config.to_json(),
+        )
+        await loop.in_worker(records.save_record, vm.record)
+        request = preparation.Request(
+            name=vm.name,
+            uid=peer.uid,
+            gid=peer.gid,
+            relay_gid=host.relay_gid,
+            hybrid=host.hybrid,
+            boot=BootChoice(
+                config.image,
+                config.kernel,
+                config.initramfs,
+                config.root_disk.path if config.root_disk else None,
+            ),
+            root_readonly=config.root_disk_readonly,
+            monitor_kind=driver.monitor_type,
+        )
+        acquired = await loop.in_worker(preparation.acquire, request)
+        terminals = self.debug_terminals.pop(vm.name, [])
+        try:
+            await self._connect_channel(vm, acquired, peer.unit)
+            await self._register(vm, peer, acquired, fds)
+            kvm = await loop.in_worker(probe_kvm)
+            planned = driver.plan_launch(
+                shape_of(config),
+                leases_of(config, peer, acquired, kvm=kvm.usable),
+                console=launch.Console.STDIO if terminals else launch.Console.NONE,
+                binary=choice.binary,
+            )
+            if choice.kind is VmmKind.QEMU and not kvm.usable:
+                log.warning("VM %s: %s (%s)", vm.name, TCG_WARNING, kvm.reason)
+            vm.record = dataclasses.replace(vm.record, cid=acquired.cid, launched=True)
+            await loop.in_worker(records.save_record, vm.record)
+        except BaseException:
+            for fd in [*acquired.fds(), *terminals]:
+                os.close(fd)
+            raise
+        vm.last_result = ""
+        self._on_change(vm)
+        passed = (*planned.fds, *terminals)
+        stdio = tuple(range(len(planned.fds), len(passed)))
+        with_terminals = dataclasses.replace(planned, fds=passed)
+        return Prepared(with_terminals, stdio, (*acquired.fds(), *terminals))
+
+    async def _connect_channel(self, vm: Vm, acquired: preparation.Acquired, unit_of_vm: str) -> None:
+        if acquired.device_fd is not None:
+            if not self._vsock_listening:
+                listener = await loop.in_worker(vsock.bind_host_port)
+                try:
+                    await self.relay.listen_vsock(listener)
+                finally:
+                    os.close(listener)
+                self._vsock_listening = True
+            return
+        unit = vsock_unit(unit_of_vm)
+        result = await self._systemd.start(unit)
+        if result != "done":
+            raise StartFailed(f"the vsock device of VM '{vm.name}' did not start", f"journalctl -u {unit}")
+        await loop.in_worker(preparation.await_socket, acquired.rundir / "vsock" / "vhost")
+
+    async def _register(self, vm: Vm, peer: Peer, acquired: preparation.Acquired, fds: list[int]) -> None:
+        assert vm.config is not None
+        names = ["command"] if fds else []
+        passed = list(fds[:1])
+        if acquired.host_port_fd is not None:
+            names.append("host-port")
+            passed.append(acquired.host_port_fd)
+        assert vm.record is not None
+        await self.relay.add(
+            {
+                "name": vm.name,
+                "generation": vm.record.invocation,
+                "secret": acquired.secret,
+                "owner": find_uid(vm.config.user),
+                "channel": acquired.channel(peer.uid),
+                "fds": names,
+            },
+            passed,
+        )
+
+    async def shut_down(self, peer: Peer) -> dict[str, Any]:
+        """ExecStop=: ask the guest to go, by its agent or by the power button. The configuration is the
+        started one.
+        """
+        vm = self._registry.require(peer.name)
+        if vm.record is None or vm.killing:
+            return {"ok": True, "force": True}
+        asked = await self._ask_agent(vm) or await self._press_power_button(vm)
+        started = vm.started
+        assert started is not None
+        deadline = vm.stop_deadline if vm.stop_deadline is not None else started.stop_timeout
+        return {"ok": True, "force": not asked, "deadline": deadline}
+
+    async def _ask_agent(self, vm: Vm) -> bool:
+        if not vm.agent:
+            return False
+        try:
+            await self.relay.power_off(vm.name)
+        except VmsiloError as error:
+            log.info("VM %s: the agent does not take a shutdown (%s)", vm.name, error)
+            return False
+        return True
+
+    async def _press_power_button(self, vm: Vm) -> bool:
+        assert vm.record is not None
+        driver = drivers.DRIVERS[VmmKind(vm.record.vmm)]
+        monitor = driver.open_monitor(rundir.VM_DIR / vm.name / "monitor.sock")
+        try:
+            await loop.in_worker(monitor.power_button)
+        except MonitorError as error:
+            log.info("VM %s: no power button (%s)", vm.name, error)
+            return False
+        return True
+
+    async def release(self, vm: Vm) -> None:
+        """Give back what the ended run held, unless a newer run holds it by now."""
+        async with vm.lock:
+            if vm.record is None:
+                return
+            state = await self._systemd.state(vm.record.unit)
+            if state.is_up and state.invocation == vm.record.invocation:
+                return
+            await self._release(vm)
+
+    async def _release(self, vm: Vm) -> None:
+        record, generation = vm.record, vm.record.invocation if vm.record else ""
+        if record is not None and self._relay is not None:
+            try:
+                await self._relay.remove(vm.name, generation)
+            except VmsiloError as error:
+                # The relay forgets what systemd says is gone when we meet it again: see repair().
+                log.warning("VM %s: the relay did not take the removal (%s)", vm.name, error)
+        if record is not None and record.hybrid:
+            await self._stop_vsock(vm.name, record.unit)
+        await loop.in_worker(rundir.remove_rundir, vm.name)
+        await loop.in_worker(records.forget_record, vm.name)
+        vm.forget_run()
+        self._on_change(vm)
+
+    async def _stop_vsock(self, name: str, unit_of_vm: str) -> None:
+        try:
+            await self._systemd.stop(vsock_unit(unit_of_vm))
+        except VmsiloError as error:
+            log.info("VM %s: %s", name, error)
+
+    async def repair(self) -> None:
+        """At start: keep the leases of VMs that systemd says run, give back all others, make the relay
+        agree.
+        """
+        for name, record in (await loop.in_worker(records.load_records)).items():
+            vm = self._registry.adopt(name)
+            vm.record = record
+            vm.unit = await self._systemd.state(record.unit)
+            vm.debug = record.unit == vm.debug_service
+            if not vm.unit.is_up or vm.unit.invocation != record.invocation:
+                log.info("VM %s: giving back what an ended run left", name)
+                async with vm.lock:
+                    await self._release(vm)
+        for path in rundir.VM_DIR.glob("*") if rundir.VM_DIR.is_dir() else ():
+            vm_or_none = self._registry.find(path.name)
+            if vm_or_none is None or vm_or_none.record is None:
+                await loop.in_worker(rundir.remove_rundir, path.name)
+
+    async def agree_with_relay(self) -> None:
+        """After each (re)connection: take over guest readiness, remove VMs that the relay has and we do
+        not.
+        """
+        answer = await self.relay.find_vms()
+        self._vsock_listening = bool(answer.get("listening_vsock"))
+        for entry in answer["vms"]:
+            vm = self._registry.find(entry["name"])
+            if vm is None or vm.record is None or vm.record.invocation != entry["generation"]:
+                if vm is None or not vm.lock.held:
+                    await self.relay.remove(entry["name"], entry["generation"])
+                continue
+            vm.agent, vm.ready, vm.status = entry["agent"], entry["ready"], entry["status"]
+            self._on_change(vm)
+
+
+def shape_of(config: VmConfig) -> launch.VmShape:
+    return launch.VmShape(
+        name=config.name,
+        memory_mib=config.memory,
+        cpus=config.cpus,
+        kernel_params=tuple(config.kernel_params),
+        crosvm=launch.CrosvmShape(
+            config.crosvm.log_level, tuple(config.crosvm.extra_args), tuple(config.crosvm.extra_run_args)
+        ),
+        qemu=launch.QemuShape(tuple(config.qemu.extra_args), config.qemu.accel, config.qemu.machine),
+    )
+
+
+def leases_of(config: VmConfig, peer: Peer, acquired: preparation.Acquired, *, kvm: bool) -> launch.Leases:
+    channel: launch.KernelVsock | launch.HybridVsock
+    if acquired.device_fd is not None:
+        channel = launch.KernelVsock(acquired.cid, acquired.device_fd)
+    else:
+        channel = launch.HybridVsock(acquired.cid, str(acquired.rundir / "vsock" / "vhost"))
+    return launch.Leases(
+        name=config.name,
+        uid=peer.uid,
+        gid=peer.gid,
+        owner=find_uid(config.user),
+        vsock=channel,
+        monitor_fd=acquired.monitor_fd,
+        kernel_fd=acquired.kernel_fd,
+        initrd_fd=acquired.initrd_fd,
+        kvm=kvm,
+        root=launch.Disk(acquired.root_fd, config.root_disk_readonly),
+    )

@@ -1,0 +1,186 @@
+"""The part of systemd's D-Bus interface that vmsilod uses: unit starts and stops as jobs, unit properties,
+change signals.
+
+Called by the lifecycle on the GLib loop; every call is asynchronous. It never decides anything about a VM.
+Lives as long as the bus connection.
+"""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gi.repository import Gio, GLib
+
+from vmsilod import loop
+from vmsilod.errors import Failed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+
+NAME = "org.freedesktop.systemd1"
+PATH = "/org/freedesktop/systemd1"
+MANAGER = "org.freedesktop.systemd1.Manager"
+UNIT = "org.freedesktop.systemd1.Unit"
+SERVICE = "org.freedesktop.systemd1.Service"
+PROPERTIES = "org.freedesktop.DBus.Properties"
+CALL_TIMEOUT_MS = 25_000
+
+
+@dataclass(frozen=True)
+class UnitState:
+    """What systemd says of one service. `exit_code` is a CLD_* code, `exit_status` a status or signal;
+    times in microseconds.
+    """
+
+    active: str
+    sub: str
+    result: str = "success"
+    main_pid: int = 0
+    exit_code: int = 0
+    exit_status: int = 0
+    invocation: str = ""
+    active_since: int = 0
+
+    @property
+    def is_up(self) -> bool:
+        return self.active in ("activating", "active", "deactivating", "reloading")
+
+
+INACTIVE = UnitState("inactive", "dead")
+
+
+def unit_path(unit: str) -> str:
+    """The object path of a unit: every byte but ASCII letters and digits as _xx (sd_bus_path_encode)."""
+    out = []
+    for index, char in enumerate(unit):
+        plain = char.isascii() and (char.isalpha() or (char.isdigit() and index > 0))
+        out.append(char if plain else f"_{ord(char):02x}")
+    return f"{PATH}/unit/{''.join(out)}"
+
+
+class Systemd:
+    """One subscription to the service manager on an existing bus connection."""
+
+    def __init__(self, con: Gio.DBusConnection, on_unit: Callable[[str], None]) -> None:
+        self._con = con
+        self._on_unit = on_unit
+        self._jobs: dict[str, Future[str]] = {}
+        self._early: dict[str, str] = {}
+        self._starting = 0
+        self._paths: dict[str, str] = {}
+        self._subscriptions = [
+            con.signal_subscribe(
+                NAME, MANAGER, "JobRemoved", PATH, None, Gio.DBusSignalFlags.NONE, self._job_removed
+            ),
+            con.signal_subscribe(
+                NAME, PROPERTIES, "PropertiesChanged", None, UNIT, Gio.DBusSignalFlags.NONE, self._changed
+            ),
+        ]
+
+    def close(self) -> None:
+        for subscription in self._subscriptions:
+            self._con.signal_unsubscribe(subscription)
+        self._subscriptions = []
+
+    async def subscribe(self) -> None:
+        await self._call("Subscribe", None)
+
+    def follow(self, unit: str) -> None:
+        """Call on_unit(unit) whenever systemd reports a change of this unit."""
+        self._paths[unit_path(unit)] = unit
+
+    def unfollow(self, unit: str) -> None:
+        self._paths.pop(unit_path(unit), None)
+
+    async def reload(self) -> None:
+        await self._call("Reload", None)
+
+    async def start(self, unit: str) -> str:
+        """Start a unit and wait for the job; returns systemd's job result ("done", "failed",
+        "dependency", ...).
+        """
+        return await self._job("StartUnit", unit)
+
+    async def stop(self, unit: str) -> str:
+        return await self._job("StopUnit", unit)
+
+    async def kill(self, unit: str, signal: int) -> None:
+        await self._call("KillUnit", GLib.Variant("(ssi)", (unit, "all", signal)))
+
+    async def reset_failed(self, unit: str) -> None:
+        await self._call("ResetFailedUnit", GLib.Variant("(s)", (unit,)))
+
+    async def find_units(self, pattern: str) -> list[tuple[str, str]]:
+        """(unit, active state) of every loaded unit whose name matches the glob."""
+        args = GLib.Variant("(asas)", ([], [pattern]))
+        (units,) = await self._call("ListUnitsByPatterns", args)
+        return [(row[0], row[3]) for row in units]
+
+    async def state(self, unit: str) -> UnitState:
+        path = unit_path(unit)
+        try:
+            general = await self._properties(path, UNIT)
+            service = await self._properties(path, SERVICE)
+        except GLib.Error as error:
+            if error.matches(Gio.dbus_error_quark(), Gio.DBusError.UNKNOWN_OBJECT):
+                return INACTIVE
+            raise Failed(f"systemd does not answer for {unit}: {error.message}") from error
+        return UnitState(
+            active=general["ActiveState"],
+            sub=general["SubState"],
+            result=service.get("Result", "success"),
+            main_pid=service.get("MainPID", 0),
+            exit_code=service.get("ExecMainCode", 0),
+            exit_status=service.get("ExecMainStatus", 0),
+            invocation=bytes(general["InvocationID"]).hex(),
+            active_since=general["ActiveEnterTimestamp"],
+        )
+
+    async def _properties(self, path: str, iface: str) -> dict[str, Any]:
+        args = GLib.Variant("(s)", (iface,))
+        (values,), _ = await loop.dbus_call(
+            self._con, NAME, path, PROPERTIES, "GetAll", args, "(a{sv})", CALL_TIMEOUT_MS
+        )
+        return dict(values)
+
+    async def _job(self, method: str, unit: str) -> str:
+        # JobRemoved may arrive before the reply that names the job: results are kept while any start is
+        # under way.
+        self._starting += 1
+        try:
+            (job,) = await self._call(method, GLib.Variant("(ss)", (unit, "replace")))
+            if job in self._early:
+                return self._early.pop(job)
+            self._jobs[job] = Future()
+        finally:
+            self._starting -= 1
+            if not self._starting:
+                self._early.clear()
+        return await loop.wait_for(self._jobs[job])
+
+    async def _call(self, method: str, args: Any) -> tuple[Any, ...]:
+        try:
+            values, _ = await loop.dbus_call(
+                self._con, NAME, PATH, MANAGER, method, args, None, CALL_TIMEOUT_MS
+            )
+        except GLib.Error as error:
+            raise Failed(f"systemd refused {method}: {error.message}") from error
+        return tuple(values)
+
+    def _job_removed(self, *args: Any) -> None:
+        _, job, _, result = args[5].unpack()
+        future = self._jobs.pop(job, None)
+        if future is not None:
+            future.set_result(result)
+        elif self._starting:
+            self._early[job] = result
+
+    def _changed(self, *args: Any) -> None:
+        unit = self._paths.get(args[2])
+        if unit is not None:
+            self._on_unit(unit)

@@ -1,0 +1,1 @@
+"""The per-VM systemd units: their text (`render.py`)."""

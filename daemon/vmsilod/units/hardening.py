@@ -1,0 +1,65 @@
+"""Sandbox settings of the generated units, with the reason for every one that had to be left out.
+
+Used by `render.py` only; text, no logic.
+"""
+
+from __future__ import annotations
+
+_EVERY = """\
+NoNewPrivileges=yes
+CapabilityBoundingSet=
+AmbientCapabilities=
+ProtectSystem=strict
+ProtectHome=yes
+PrivateTmp=yes
+# All sockets are Unix sockets or arrive as open descriptors.
+PrivateNetwork=yes
+PrivateIPC=yes
+RestrictAddressFamilies=AF_UNIX
+RestrictSUIDSGID=yes
+RestrictRealtime=yes
+LockPersonality=yes
+SystemCallArchitectures=native
+ProtectKernelModules=yes
+ProtectControlGroups=yes
+ProtectClock=yes
+"""
+
+_NO_NAMESPACES = """\
+ProtectProc=invisible
+ProtectKernelTunables=yes
+ProtectKernelLogs=yes
+ProtectHostname=yes
+RestrictNamespaces=yes
+SystemCallErrorNumber=EPERM
+"""
+
+VMM_EVERY = f"""\
+{_EVERY}# Not PrivateDevices=: it would hide /dev/kvm. Everything else comes as an open descriptor.
+DevicePolicy=closed
+DeviceAllow=/dev/kvm rw
+# Not MemoryDenyWriteExecute=: QEMU's TCG writes the code that it runs.
+"""
+
+VMM_SANDBOXED_BY_ITSELF = """\
+# crosvm puts each device into user, pid, mount and network namespaces of its own, with a seccomp filter
+# per device. RestrictNamespaces= and SystemCallFilter= would refuse the calls that this takes, and
+# crosvm would abort. ProtectKernelTunables=, ProtectKernelLogs=, ProtectHostname= and ProtectProc= are
+# left out as well: they mount over parts of /proc, and the kernel refuses a new proc mount in a user
+# namespace whose own /proc is covered in part (mount_too_revealing() in fs/namespace.c). That the jail
+# mounts one is inferred, not observed.
+"""
+
+VMM_SANDBOXED_BY_SYSTEMD = f"""\
+# QEMU has no jail of its own: all of it is this.
+{_NO_NAMESPACES}SystemCallFilter=@system-service seccomp
+SystemCallFilter=~@privileged
+"""
+
+HELPER = f"""
+{_EVERY}PrivateDevices=yes
+DevicePolicy=closed
+MemoryDenyWriteExecute=yes
+{_NO_NAMESPACES}SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+"""

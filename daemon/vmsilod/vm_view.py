@@ -1,0 +1,34 @@
+"""How a VM of the registry looks on the bus. Pure; called by the lifecycle."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vmsilod.bus.views import VmView
+
+if TYPE_CHECKING:
+    from vmsilod.registry import Vm
+
+
+def view_of(vm: Vm) -> VmView:
+    """What runs is shown with the configuration that it was started with."""
+    shown = vm.started if vm.is_up and vm.record is not None else vm.config
+    return VmView(
+        name=vm.name,
+        state=vm.state,
+        status=vm.status,
+        color=shown.color if shown else "",
+        memory=shown.memory if shown else 0,
+        cpus=shown.cpus if shown else 0,
+        vmm=vm.record.vmm if vm.record is not None else (shown.vmm if shown else ""),
+        restart_needed=vm.restart_needed,
+        problems=vm.problems,
+        pid=vm.unit.main_pid if vm.is_up else 0,
+        uid=vm.record.uid if vm.record is not None else 0,
+        cid=vm.record.cid if vm.record is not None else 0,
+        since=vm.unit.active_since if vm.is_up else 0,
+        last_result=vm.last_result,
+        auto_start=shown.auto_start if shown else False,
+        depends_on=shown.depends_on if shown else (),
+        unit=vm.debug_service if vm.debug else vm.service,
+    )

@@ -1,0 +1,154 @@
+"""The crosvm driver: its argv, and what its exit codes mean.
+
+plan_launch and explain_exit are pure and called by the lifecycle; crosvm_control.py talks to a crosvm that
+runs. The grammar is that of crosvm's main branch from July 2026 on (`--nested` is the newest option used).
+Never emits --disable-sandbox.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+from typing import TYPE_CHECKING
+
+from vmsilod.vmm.errors import BadOptionValue, LaunchRefused
+from vmsilod.vmm.escape import check_argument, quote_crosvm
+from vmsilod.vmm.kernel_params import plan_kernel_params
+from vmsilod.vmm.launch import ENVIRONMENT, Console, HybridVsock, KernelVsock, Launch, PassedFds
+from vmsilod.vmm.outcome import Outcome, OutcomeKind, explain_signal
+
+if TYPE_CHECKING:
+    from vmsilod.vmm.launch import Disk, Leases, VmShape
+
+PIVOT_ROOT = "/usr/local/lib/vmsilo/empty"
+"""An existing empty directory, the jails' root; crosvm's own default /var/empty is not there on Debian."""
+
+# vhost-device-vsock refuses crosvm's default of 32768 (rust-vmm/vhost-device issue 458).
+VHOST_USER_QUEUE_SIZE = 1024
+# The backend is listening before; this only covers a restart of it between the check and the connect.
+VHOST_USER_CONNECT_TIMEOUT_MS = 5000
+
+_LOG_LEVEL = re.compile(r"[a-z][A-Za-z0-9_:=,-]*")
+_COMM_LENGTH = 15
+
+_EXITS = {
+    0: (OutcomeKind.STOPPED, "the guest powered off, or the VM was stopped"),
+    1: (OutcomeKind.FAILED, "crosvm could not start the VM; its last messages in the journal say why"),
+    32: (OutcomeKind.RESET, "the guest rebooted"),
+    33: (OutcomeKind.CRASH, "a vCPU or a device process of crosvm died"),
+    34: (OutcomeKind.PANIC, "the guest's kernel panicked"),
+    35: (
+        OutcomeKind.BAD_ARGUMENTS,
+        "crosvm does not know one of its arguments: it is older than July 2026, or extra_args has a mistake",
+    ),
+    36: (OutcomeKind.WATCHDOG, "the guest's watchdog ran out"),
+}
+_SIGNAL_CAUSES: dict[int, str] = {
+    signal.SIGABRT: "a bug in it, or its sandbox was refused (it needs user namespaces)",
+    signal.SIGSYS: "a system call that its sandbox forbids",
+}
+
+
+def plan_launch(
+    vm: VmShape, leases: Leases, *, console: Console, binary: str, pivot_root: str = PIVOT_ROOT
+) -> Launch:
+    """argv of `crosvm run`; see docs/vmm.md for each option's reason."""
+    _check_extra_args(vm)
+    fds = PassedFds()
+    argv = [binary, "--log-level", _check_log_level(vm.crosvm.log_level), "--no-syslog", "--extended-status"]
+    argv += [*vm.crosvm.extra_args, "run"]
+    argv += ["--name", check_argument(vm.name)[:_COMM_LENGTH]]
+    argv += ["--socket", fds.path(leases.monitor_fd)]
+    argv += ["--mem", f"size={vm.memory_mib}", "--cpus", f"num-cores={vm.cpus}"]
+    argv += ["--nested", "off", "--no-usb", "--pivot-root", check_argument(pivot_root)]
+    argv += _vsock_args(leases.vsock, fds)
+    argv += _disk_args(leases.root, fds)
+    argv += _console_args(console)
+    if leases.initrd_fd is not None:
+        argv += ["--initrd", fds.path(leases.initrd_fd)]
+    # crosvm itself puts panic=-1 first, and console=ttyS0 for a serial port with `console`.
+    params = plan_kernel_params(vm, leases, console=console, vmm_params=("i8042.noaux", "i8042.nokbd"))
+    argv += ["--params", params]
+    argv += [*vm.crosvm.extra_run_args, fds.path(leases.kernel_fd)]
+    return Launch(tuple(argv), ENVIRONMENT, fds.passed())
+
+
+def _vsock_args(vsock: KernelVsock | HybridVsock, fds: PassedFds) -> list[str]:
+    if isinstance(vsock, KernelVsock):
+        return ["--vsock", f"cid={vsock.cid},device={fds.path(vsock.device_fd)}"]
+    socket = quote_crosvm(vsock.vhost_socket)
+    return [
+        "--vhost-user",
+        f"vsock,socket={socket},max-queue-size={VHOST_USER_QUEUE_SIZE}",
+        "--vhost-user-connect-timeout-ms",
+        str(VHOST_USER_CONNECT_TIMEOUT_MS),
+    ]
+
+
+def _disk_args(root: Disk | None, fds: PassedFds) -> list[str]:
+    if root is None:
+        return []
+    # flock(2): shared for a read-only image, so that many VMs have it and its remover sees it in use;
+    # exclusive for a writable one.
+    access = "true" if root.readonly else "false"
+    return ["--block", f"path={fds.path(root.fd)},ro={access},lock=true"]
+
+
+def _console_args(console: Console) -> list[str]:
+    # Without a first serial port of ours crosvm would make one on its standard input and output.
+    if console is Console.STDIO:
+        return ["--serial", "type=stdout,hardware=serial,num=1,console=true,stdin=true"]
+    return ["--serial", "type=sink,hardware=serial,num=1"]
+
+
+def _check_log_level(level: str) -> str:
+    if not _LOG_LEVEL.fullmatch(level):
+        raise BadOptionValue(f"{level!r} is not a crosvm log level", "such as info, debug or debug,disk=off")
+    return level
+
+
+def _check_extra_args(vm: VmShape) -> None:
+    for arg in (*vm.crosvm.extra_args, *vm.crosvm.extra_run_args):
+        if "\0" in arg:
+            raise BadOptionValue(f"crosvm argument {arg!r} of {vm.name} holds a zero byte")
+        if arg.partition("=")[0] == "--disable-sandbox":
+            raise LaunchRefused(
+                f"the crosvm arguments of {vm.name} turn crosvm's sandbox off",
+                "remove --disable-sandbox; vmsilo never runs crosvm without its sandbox",
+            )
+
+
+FOREIGN_MAGIC = (
+    (b"QFI\xfb", "qcow2"),
+    (b"composite_disk\x1d", "crosvm composite disk"),
+    (b"\x3a\xff\x26\xed", "Android sparse image"),
+    (b"\x28\xb5\x2f\xfd", "zstd"),
+)
+
+
+def find_disk_format(head: bytes) -> str | None:
+    """The format other than raw that crosvm would take a disk with these first bytes for (disk/src/disk.rs);
+    17 suffice.
+
+    crosvm has no way to be told `raw`. A guest can write such a header to a raw disk of its own, and crosvm
+    would then open the host file that it names: whoever opens a writable disk for crosvm calls this first,
+    at every start, and refuses what has one.
+    """
+    for magic, name in FOREIGN_MAGIC:
+        if head.startswith(magic):
+            return name
+    skippable = len(head) >= 4 and 0x184D2A50 <= int.from_bytes(head[:4], "little") <= 0x184D2A5F
+    return "zstd" if skippable else None
+
+
+def explain_exit(code: int | None, number: int | None, *, guest_ran: bool = False) -> Outcome:
+    """Exactly one of exit code and signal number is not None. crosvm tells the cases apart itself, whether
+    or not the guest ran.
+    """
+    if number is not None:
+        return explain_signal("crosvm", number, _SIGNAL_CAUSES)
+    if code in _EXITS:
+        kind, message = _EXITS[code]
+        return Outcome(kind, message)
+    ran = "while the VM ran" if guest_ran else "before the VM ran"
+    return Outcome(OutcomeKind.FAILED, f"crosvm ended with the unknown exit code {code} {ran}")

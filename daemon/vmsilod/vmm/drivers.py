@@ -1,0 +1,50 @@
+"""The table of VMM drivers: for each kind the functions that plan, control and explain it.
+
+The one place that names them all; the lifecycle looks a driver up here and knows no VMM by name.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from vmsilod.vmm import crosvm, qemu
+from vmsilod.vmm.choose import VmmKind
+from vmsilod.vmm.crosvm_control import CrosvmMonitor
+from vmsilod.vmm.monitor import DEFAULT_TIMEOUT
+from vmsilod.vmm.qmp import QemuMonitor
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from vmsilod.vmm.launch import Console, Launch, Leases, VmShape
+    from vmsilod.vmm.monitor import MonitorClient
+    from vmsilod.vmm.outcome import Outcome
+
+
+class PlanLaunch(Protocol):
+    def __call__(self, vm: VmShape, leases: Leases, *, console: Console, binary: str) -> Launch: ...
+
+
+class ExplainExit(Protocol):
+    def __call__(self, code: int | None, number: int | None, *, guest_ran: bool = False) -> Outcome: ...
+
+
+class OpenMonitor(Protocol):
+    def __call__(self, path: Path, *, timeout: float = DEFAULT_TIMEOUT) -> MonitorClient: ...
+
+
+@dataclass(frozen=True)
+class Driver:
+    plan_launch: PlanLaunch
+    explain_exit: ExplainExit
+    open_monitor: OpenMonitor
+    monitor_type: socket.SocketKind
+    """What the listening monitor descriptor must be."""
+
+
+DRIVERS = {
+    VmmKind.CROSVM: Driver(crosvm.plan_launch, crosvm.explain_exit, CrosvmMonitor, socket.SOCK_SEQPACKET),
+    VmmKind.QEMU: Driver(qemu.plan_launch, qemu.explain_exit, QemuMonitor, socket.SOCK_STREAM),
+}

@@ -1,0 +1,132 @@
+"""What goes into a VMM driver and what comes out of it.
+
+A driver's plan_launch is a pure function (VmShape, Leases, console, binary) -> Launch: it opens nothing and
+asks nothing of the machine. The lifecycle makes VmShape from the configuration and Leases from the resources
+it acquired, and hands the Launch to the launcher, which execs it. The descriptors in Leases stay their
+owner's: a Launch only says which of them travel, and at which number.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vmsilod.vmm.errors import LaunchRefused
+
+FD_BASE = 3
+"""Number of the first passed descriptor in the VMM, as with sd_listen_fds(3)."""
+
+HOST_CID = 2
+HOST_PORT = 701
+
+ENVIRONMENT = (("LANG", "C.UTF-8"), ("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"))
+
+
+class Console(enum.Enum):
+    """Where the bytes of the guest's serial console go."""
+
+    NONE = "none"
+    """Nowhere: they are the guest's, and nothing filters them on their way to the journal yet."""
+    STDIO = "stdio"
+    """The VMM's own standard input and output: vm-start-debug."""
+
+
+@dataclass(frozen=True)
+class CrosvmShape:
+    log_level: str = "info"
+    extra_args: tuple[str, ...] = ()
+    extra_run_args: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class QemuShape:
+    extra_args: tuple[str, ...] = ()
+    accel: Literal["auto", "kvm", "tcg"] = "auto"
+    machine: Literal["auto", "microvm", "q35"] = "auto"
+
+
+@dataclass(frozen=True)
+class VmShape:
+    """The part of a VM's configuration that a driver reads."""
+
+    name: str
+    memory_mib: int
+    cpus: int
+    kernel_params: tuple[str, ...] = ()
+    needs_pci: bool = False
+    """The VM has a device that only a PCI machine can hold."""
+    crosvm: CrosvmShape = field(default_factory=CrosvmShape)
+    qemu: QemuShape = field(default_factory=QemuShape)
+
+
+@dataclass(frozen=True)
+class KernelVsock:
+    cid: int
+    device_fd: int
+    """Open /dev/vhost-vsock; holding it is what reserves the CID once the VMM has set it."""
+
+
+@dataclass(frozen=True)
+class HybridVsock:
+    cid: int
+    vhost_socket: str
+    """Path on which vhost-device-vsock listens; it must do so before the VMM starts."""
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A disk of raw bytes, by descriptor: O_RDONLY exactly where `readonly`, else O_RDWR (QEMU compares)."""
+
+    fd: int
+    readonly: bool
+
+
+@dataclass(frozen=True)
+class Leases:
+    """What the VM holds while it runs. The guest's secret is not here: it is inside the initrd's memfd.
+
+    QEMU opens kernel and initrd again through /proc/self/fd, so both must be readable to the VM's uid (0444
+    will do).
+    """
+
+    name: str
+    uid: int
+    gid: int
+    owner: int
+    vsock: KernelVsock | HybridVsock
+    monitor_fd: int
+    """Listening: SOCK_SEQPACKET for crosvm, SOCK_STREAM for QEMU."""
+    kernel_fd: int
+    initrd_fd: int | None
+    kvm: bool
+    root: Disk | None
+    """The first virtio disk: the read-only erofs image, or a writable raw one."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    argv: tuple[str, ...]
+    env: tuple[tuple[str, str], ...]
+    fds: tuple[int, ...]
+    """fds[i] must be number FD_BASE + i in the VMM, not close-on-exec; it gets no other but 0, 1 and 2."""
+
+
+class PassedFds:
+    """Hands out the numbers that descriptors will have in the VMM; lives while one Launch is planned."""
+
+    def __init__(self) -> None:
+        self._fds: list[int] = []
+
+    def number(self, fd: int) -> int:
+        if fd < 0:
+            raise LaunchRefused(f"a descriptor for the VMM is not open ({fd})")
+        if fd not in self._fds:
+            self._fds.append(fd)
+        return FD_BASE + self._fds.index(fd)
+
+    def path(self, fd: int) -> str:
+        return f"/proc/self/fd/{self.number(fd)}"
+
+    def passed(self) -> tuple[int, ...]:
+        return tuple(self._fds)

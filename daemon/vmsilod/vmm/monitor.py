@@ -1,0 +1,49 @@
+"""What every VMM's control client can do, whatever its protocol.
+
+Implemented by crosvm_control.CrosvmMonitor and qmp.QemuMonitor, made by drivers.Driver.open_monitor. A
+client is a path and a timeout: it connects anew for each request and holds nothing between two, so it needs
+no close. It blocks: call it in the worker pool, never on a loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+DEFAULT_TIMEOUT = 5.0
+"""Seconds for one request, connecting included."""
+
+
+@dataclass(frozen=True)
+class BalloonState:
+    """Bytes. The guest's figures are what it last reported, and None where it has not (they are its word,
+    not a fact).
+    """
+
+    balloon: int
+    guest_total: int | None = None
+    guest_free: int | None = None
+    guest_available: int | None = None
+
+
+class MonitorClient(Protocol):
+    """Every method raises a MonitorError, and returns when the VMM has taken the request (not when it is
+    carried out).
+    """
+
+    def power_button(self) -> None:
+        """Presses the ACPI power button; the guest decides what it does then."""
+
+    def stop(self) -> None:
+        """Ends the VMM at once; the guest is not told."""
+
+    def suspend(self) -> None:
+        """Stops the vCPUs."""
+
+    def resume(self) -> None:
+        """Lets the vCPUs run again."""
+
+    def set_balloon(self, size: int) -> None:
+        """Asks the guest to give up `size` bytes."""
+
+    def balloon_state(self) -> BalloonState: ...

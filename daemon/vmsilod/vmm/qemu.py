@@ -1,0 +1,181 @@
+"""The QEMU driver (x86): its argv for the machines microvm and q35, under KVM or TCG, and what its exit
+codes mean.
+
+plan_launch and explain_exit are pure and called by the lifecycle; qmp.py talks to a QEMU that runs. Written
+for QEMU 10, with no option newer than 7.2. Never starts QEMU without its seccomp sandbox.
+"""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING
+
+from vmsilod.vmm.errors import BadOptionValue, LaunchRefused
+from vmsilod.vmm.escape import check_argument, quote_qemu
+from vmsilod.vmm.kernel_params import plan_kernel_params
+from vmsilod.vmm.launch import ENVIRONMENT, Console, HybridVsock, KernelVsock, Launch, PassedFds
+from vmsilod.vmm.outcome import Outcome, OutcomeKind, explain_signal
+
+if TYPE_CHECKING:
+    from vmsilod.vmm.launch import Disk, Leases, VmShape
+
+BALLOON_ID = "balloon0"
+
+_SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+# No guest page in a core dump of the VMM, and none merged with another VM's (a timing channel between VMs).
+_MACHINE_MEMORY = "memory-backend=mem0,dump-guest-core=off,mem-merge=off"
+_MACHINES = {
+    # ACPI, for its power button (GED) and for finding the virtio-mmio devices; rtc because the guest's clock
+    # starts from it.
+    "microvm": "microvm,acpi=on,rtc=on,pcie=off,usb=off,graphics=off",
+    "q35": "q35,usb=off,sata=off,smbus=off,vmport=off,i8042=off,graphics=off",
+}
+_REFUSED_EXTRA = {
+    "sandbox": "vmsilo never runs QEMU without its sandbox",
+    "daemonize": "QEMU must stay the main process of its unit",
+}
+
+_SIGNAL_CAUSES: dict[int, str] = {
+    signal.SIGABRT: "a bug in it",
+    signal.SIGSYS: "a system call that its sandbox forbids",
+}
+
+
+def plan_launch(vm: VmShape, leases: Leases, *, console: Console, binary: str) -> Launch:
+    """argv of qemu-system-x86_64; see docs/vmm.md for each option's reason."""
+    _check_extra_args(vm)
+    kvm = uses_kvm(vm, leases)
+    machine = choose_machine(vm, kvm=kvm)
+    fds = PassedFds()
+    argv = [binary, "-nodefaults", "-no-user-config", "-display", "none", "-sandbox", _SANDBOX]
+    argv += [
+        "-msg",
+        "timestamp=off",
+        "-name",
+        f"guest={quote_qemu(check_argument(vm.name))},debug-threads=on",
+    ]
+    argv += _machine_args(vm, machine, console, kvm=kvm)
+    argv += ["-kernel", fds.path(leases.kernel_fd)]
+    if leases.initrd_fd is not None:
+        argv += ["-initrd", fds.path(leases.initrd_fd)]
+    argv += ["-append", _plan_append(vm, leases, console)]
+    bus = "device" if machine == "microvm" else "pci"
+    # The first virtio-blk device is the guest's vda.
+    argv += _disk_args(leases.root, fds, bus)
+    argv += _vsock_args(leases.vsock, fds, bus)
+    argv += ["-device", f"virtio-rng-{bus}"]
+    argv += ["-device", f"virtio-balloon-{bus},id={BALLOON_ID},deflate-on-oom=on,free-page-reporting=on"]
+    argv += ["-device", "pvpanic" if machine == "microvm" else "pvpanic-pci"]
+    argv += ["-action", "reboot=reset,shutdown=poweroff,panic=exit-failure"]
+    argv += ["-chardev", f"socket,id=mon0,fd={fds.number(leases.monitor_fd)},server=on,wait=off"]
+    argv += ["-mon", "chardev=mon0,mode=control"]
+    if console is Console.STDIO:
+        # signal=off: Ctrl-C is the guest's.
+        argv += ["-chardev", "stdio,id=console0,signal=off", "-serial", "chardev:console0"]
+    argv += vm.qemu.extra_args
+    return Launch(tuple(argv), ENVIRONMENT, fds.passed())
+
+
+def choose_machine(vm: VmShape, *, kvm: bool) -> str:
+    """microvm where nothing speaks against it: less firmware, and fewer emulated devices to attack.
+
+    Under TCG it is q35: microvm has neither HPET nor PM timer, so a guest without KVM's clock boots only if
+    it can calibrate its TSC against the PIT, which mostly failed on a busy host (QEMU 10.0.13, Linux 6.12).
+    """
+    if vm.qemu.machine == "microvm" and vm.needs_pci:
+        raise LaunchRefused(
+            f"{vm.name} has a device that needs PCI, and machine microvm has none",
+            'set machine to "q35" or "auto"',
+        )
+    if vm.qemu.machine == "auto":
+        return "microvm" if kvm and not vm.needs_pci else "q35"
+    return vm.qemu.machine
+
+
+def uses_kvm(vm: VmShape, leases: Leases) -> bool:
+    if vm.qemu.accel == "kvm" and not leases.kvm:
+        raise LaunchRefused(
+            f"{vm.name} asks for KVM, which cannot be used on this host", 'or set accel to "auto"'
+        )
+    return leases.kvm and vm.qemu.accel != "tcg"
+
+
+def _machine_args(vm: VmShape, machine: str, console: Console, *, kvm: bool) -> list[str]:
+    options = f"{_MACHINES[machine]},{_MACHINE_MEMORY}"
+    if machine == "microvm" and console is Console.NONE:
+        options += ",isa-serial=off"
+    # Like crosvm's `--nested off`: no virtualisation inside the guest.
+    cpu = "host,vmx=off,svm=off" if kvm else "max,vmx=off,svm=off"
+    return [
+        *("-machine", options),
+        *("-accel", "kvm" if kvm else "tcg,thread=multi"),
+        *("-cpu", cpu),
+        *("-smp", str(vm.cpus)),
+        *("-m", f"{vm.memory_mib}M"),
+        # Shared, so that vhost-user backends (vsock, virtiofsd) can map it.
+        *("-object", f"memory-backend-memfd,id=mem0,size={vm.memory_mib}M,share=on"),
+    ]
+
+
+def _plan_append(vm: VmShape, leases: Leases, console: Console) -> str:
+    vmm_params = ("console=ttyS0",) if console is Console.STDIO else ()
+    return plan_kernel_params(vm, leases, console=console, vmm_params=vmm_params)
+
+
+def _disk_args(root: Disk | None, fds: PassedFds, bus: str) -> list[str]:
+    if root is None:
+        return []
+    number = fds.number(root.fd)
+    access = "read-only=on" if root.readonly else "read-only=off,discard=unmap"
+    # driver=raw: without it QEMU would probe, and the guest could write a qcow2 header that names a file of
+    # the host.
+    return [
+        *("-add-fd", f"fd={number},set={number}"),
+        *(
+            "-blockdev",
+            f"driver=raw,node-name=root0,{access},file.driver=file,file.filename=/dev/fdset/{number}",
+        ),
+        *("-device", f"virtio-blk-{bus},drive=root0"),
+    ]
+
+
+def _vsock_args(vsock: KernelVsock | HybridVsock, fds: PassedFds, bus: str) -> list[str]:
+    if isinstance(vsock, KernelVsock):
+        number = fds.number(vsock.device_fd)
+        return ["-device", f"vhost-vsock-{bus},guest-cid={vsock.cid},vhostfd={number}"]
+    return [
+        *("-chardev", f"socket,id=vsock0,path={quote_qemu(vsock.vhost_socket)}"),
+        *("-device", f"vhost-user-vsock-{bus},chardev=vsock0"),
+    ]
+
+
+def _check_extra_args(vm: VmShape) -> None:
+    for arg in vm.qemu.extra_args:
+        if "\0" in arg:
+            raise BadOptionValue(f"QEMU argument {arg!r} of {vm.name} holds a zero byte")
+        # QEMU takes -option and --option alike.
+        option = arg.removeprefix("-").removeprefix("-") if arg.startswith("-") else ""
+        if option in _REFUSED_EXTRA:
+            raise LaunchRefused(f"the QEMU arguments of {vm.name} contain {arg}", _REFUSED_EXTRA[option])
+
+
+def explain_exit(code: int | None, number: int | None, *, guest_ran: bool = False) -> Outcome:
+    """Exactly one of exit code and signal number is not None.
+
+    QEMU ends with 1 both for a VM that it could not start and for a panic of the guest (-action
+    panic=exit-failure), so `guest_ran` (the guest had announced itself) tells the two apart. A guest's
+    reboot never ends QEMU.
+    """
+    if number is not None:
+        return explain_signal("QEMU", number, _SIGNAL_CAUSES)
+    if code == 0:
+        return Outcome(OutcomeKind.STOPPED, "the guest powered off, or the VM was stopped")
+    if code == 1 and guest_ran:
+        return Outcome(OutcomeKind.PANIC, "QEMU ended with 1 while the guest ran: its kernel panicked")
+    if code == 1:
+        return Outcome(
+            OutcomeKind.FAILED,
+            "QEMU could not start the VM (its last messages in the journal say why),"
+            " or the guest's kernel panicked while it booted",
+        )
+    return Outcome(OutcomeKind.FAILED, f"QEMU ended with the unknown exit code {code}")

@@ -1,0 +1,192 @@
+"""Control client of a running QEMU: QMP over its stream socket.
+
+Used by the lifecycle through monitor.MonitorClient, in a worker thread. One connection per request, because
+QEMU's monitor serves one client at a time and lets the next wait without a word. Lines have a bound, and all
+of one request shares one deadline.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from typing import TYPE_CHECKING, Any
+
+from vmsilod.vmm.errors import (
+    MonitorClosed,
+    MonitorError,
+    MonitorGarbled,
+    MonitorRefused,
+    MonitorTimeout,
+    MonitorUnreachable,
+)
+from vmsilod.vmm.monitor import DEFAULT_TIMEOUT, BalloonState
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MAX_LINE = 256 * 1024
+MAX_LINES = 1000
+"""Events that may come before one answer."""
+
+
+class QemuMonitor:
+    def __init__(self, path: Path, *, timeout: float = DEFAULT_TIMEOUT) -> None:
+        self._path = path
+        self._timeout = timeout
+
+    def power_button(self) -> None:
+        self.execute("system_powerdown")
+
+    def stop(self) -> None:
+        # QEMU may be gone before its answer is read, which is what was asked for.
+        try:
+            self.execute("quit")
+        except MonitorClosed:
+            return
+
+    def suspend(self) -> None:
+        self.execute("stop")
+
+    def resume(self) -> None:
+        self.execute("cont")
+
+    def status(self) -> str:
+        """QEMU's RunState: running, paused, shutdown, guest-panicked, ..."""
+        reply = self.execute("query-status")
+        status = reply.get("status") if isinstance(reply, dict) else None
+        if not isinstance(status, str):
+            raise MonitorGarbled("QEMU did not say in which state it is")
+        return status
+
+    def set_balloon(self, size: int) -> None:
+        # QEMU's balloon command takes what is left to the guest, not the balloon's size.
+        with _Session(self._path, self._timeout) as session:
+            left = max(_memory_size(session) - size, 1)
+            session.execute("balloon", {"value": left})
+
+    def balloon_state(self) -> BalloonState:
+        with _Session(self._path, self._timeout) as session:
+            actual = _read_size(session.execute("query-balloon"), "actual")
+            if actual is None:
+                raise MonitorGarbled("QEMU did not say how much memory the guest has")
+            return BalloonState(balloon=max(_memory_size(session) - actual, 0))
+
+    def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
+        """What the command returned; QEMU's error is raised as MonitorRefused."""
+        with _Session(self._path, self._timeout) as session:
+            return session.execute(command, arguments)
+
+
+class _Session:
+    """One connection after its handshake; lives for one request of QemuMonitor."""
+
+    def __init__(self, path: Path, timeout: float) -> None:
+        self._path = path
+        self._deadline = time.monotonic() + timeout
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._pending = b""
+
+    def __enter__(self) -> _Session:
+        try:
+            self._connect()
+            if "QMP" not in self._read_message("its greeting"):
+                raise MonitorGarbled(f"what listens on {self._path} does not speak QMP")
+            self.execute("qmp_capabilities")
+        except BaseException:
+            self._socket.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
+        request = {"execute": command} | ({"arguments": arguments} if arguments else {})
+        self._send(command, json.dumps(request).encode() + b"\n")
+        for _ in range(MAX_LINES):
+            message = self._read_message(command)
+            if "return" in message:
+                return message["return"]
+            if "error" in message:
+                raise _refusal(command, message["error"])
+            if "event" not in message:
+                raise MonitorGarbled(f"QEMU sent neither an answer to {command} nor an event")
+        raise MonitorGarbled(f"QEMU sent {MAX_LINES} events instead of an answer to {command}")
+
+    def _connect(self) -> None:
+        self._socket.settimeout(self._left("connect"))
+        try:
+            self._socket.connect(str(self._path))
+        except OSError as exc:
+            raise MonitorUnreachable(f"no QEMU listens on {self._path}: {exc.strerror or exc}") from exc
+
+    def _send(self, command: str, line: bytes) -> None:
+        self._socket.settimeout(self._left(command))
+        try:
+            self._socket.sendall(line)
+        except OSError as exc:
+            raise _translate(command, exc) from exc
+
+    def _read_message(self, what: str) -> dict[str, Any]:
+        line = self._read_line(what)
+        try:
+            message = json.loads(line)
+        except (ValueError, RecursionError) as exc:
+            raise MonitorGarbled("QEMU sent a line that is not JSON") from exc
+        if not isinstance(message, dict):
+            raise MonitorGarbled("QEMU sent a line that is not a JSON object")
+        return message
+
+    def _read_line(self, what: str) -> bytes:
+        while b"\n" not in self._pending:
+            if len(self._pending) > MAX_LINE:
+                raise MonitorGarbled(f"QEMU sent a line of more than {MAX_LINE} bytes")
+            self._socket.settimeout(self._left(what))
+            try:
+                received = self._socket.recv(65536)
+            except OSError as exc:
+                raise _translate(what, exc) from exc
+            if not received:
+                raise MonitorClosed(f"QEMU ended before {what} was answered")
+            self._pending += received
+        line, _, self._pending = self._pending.partition(b"\n")
+        return line
+
+    def _left(self, what: str) -> float:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise _timeout(what)
+        return left
+
+
+def _timeout(what: str) -> MonitorTimeout:
+    return MonitorTimeout(
+        f"QEMU did not answer in time ({what})", "another client may be holding its monitor"
+    )
+
+
+def _translate(what: str, exc: OSError) -> MonitorError:
+    if isinstance(exc, TimeoutError):
+        return _timeout(what)
+    if isinstance(exc, (BrokenPipeError, ConnectionResetError)):
+        return MonitorClosed(f"QEMU ended before {what} was answered")
+    return MonitorError(f"the request {what} to QEMU failed: {exc.strerror or exc}")
+
+
+def _refusal(command: str, error: object) -> MonitorRefused:
+    fields = error if isinstance(error, dict) else {}
+    text = ascii(fields.get("desc", "no reason given"))[:300]
+    return MonitorRefused(f"QEMU refused {command}: {text}", reason=str(fields.get("class", ""))[:64])
+
+
+def _memory_size(session: _Session) -> int:
+    size = _read_size(session.execute("query-memory-size-summary"), "base-memory")
+    if size is None:
+        raise MonitorGarbled("QEMU did not say how much memory the VM has")
+    return size
+
+
+def _read_size(reply: object, key: str) -> int | None:
+    value = reply.get(key) if isinstance(reply, dict) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

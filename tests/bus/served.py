@@ -1,0 +1,133 @@
+"""A process of its own that serves org.vmsilo1 over VMs in memory.
+
+Run as: python served.py BUS-ADDRESS QUIET-SECONDS, by the fixtures of the bus tests. Only the Domain is
+invented; everything before it is the real thing. VMs with particular names behave in particular ways, so
+that a test can bring about each outcome from outside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import resource
+import socket
+import sys
+from typing import TYPE_CHECKING, Any
+
+from gi.repository import GLib
+from vmsilod import loop
+from vmsilod.bus.polkit import Limits, Polkit
+from vmsilod.bus.service import connect, serve
+from vmsilod.bus.views import Change, Reloaded, VmRemoved, VmView
+from vmsilod.errors import Busy, ConfigBroken, NoSuchVm, NotRunning, StartFailed, Timeout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from vmsilod.bus.requests import RunRequest
+
+FAILURES: dict[str, tuple[type[BaseException], *tuple[Any, ...]]] = {
+    "busy": (Busy, "busy is being stopped", "try again"),
+    "refused": (StartFailed, "crosvm ended with status 1"),
+    "late": (Timeout, "the guest was not ready in 90 s"),
+    "off": (NotRunning, "off is not running"),
+    "broken": (ConfigBroken, "broken.toml: memory is not a number"),
+    "bug": (RuntimeError, "/secret/path"),
+    "exit": (SystemExit, 3),
+}
+ORDINARY = ("banking", "my-work", "zz")
+
+
+class VmsInMemory:
+    def __init__(self) -> None:
+        self.views = {name: VmView(name, "stopped", memory=512, color="red") for name in ORDINARY}
+        self.views |= {name: VmView(name, "stopped", status="a\x1b[31m\udc80b") for name in FAILURES}
+        self.callbacks: list[Callable[[Change], None]] = []
+
+    def list_vms(self) -> Sequence[VmView]:
+        return list(self.views.values())
+
+    async def start(self, name: str, *, wait: bool) -> None:
+        self.find(name)
+        self.change(name, "running" if wait else "starting")
+
+    async def stop(self, name: str, timeout: int | None) -> None:
+        self.find(name)
+        self.change(name, "stopped", last_result=f"timeout-{timeout}")
+
+    async def kill(self, name: str) -> None:
+        self.find(name)
+        self.change(name, "stopped", last_result="signal")
+
+    async def restart(self, name: str, timeout: int | None) -> None:
+        await self.stop(name, timeout)
+        await self.start(name, wait=True)
+
+    async def run(self, request: RunRequest) -> int:
+        """The other end of the stream tells what was asked for; "slow" takes its time."""
+        self.find(request.name)
+        if request.argv == ("slow",):
+            await loop.after(0.5)
+        ours, theirs = socket.socketpair()
+        with ours:
+            ours.sendall(repr(request).encode())
+        return theirs.detach()
+
+    async def reload(self) -> Sequence[str]:
+        """Forgets zz, and learns of as many VMs as make a hundred."""
+        if self.views.pop("zz", None) is not None:
+            self.publish(VmRemoved("zz"))
+        for index in range(100 - len(self.views)):
+            view = VmView(f"vm{index}", "stopped", depends_on=("banking",))
+            self.views[view.name] = view
+            self.publish(view)
+        self.publish(Reloaded(len(self.views), 1))
+        return ["broken.toml: memory is not a number"]
+
+    async def check(self) -> Sequence[Mapping[str, str]]:
+        return [{"file": "broken.toml", "key": "memory", "message": "not a number"}]
+
+    async def start_debug(self, name: str, fds: tuple[int, int, int]) -> str:
+        try:
+            self.find(name)
+            os.write(fds[1], os.read(fds[0], 100).upper())
+            return f"vmsilo-{name}-debug.service"
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def subscribe(self, callback: Callable[[Change], None]) -> Callable[[], None]:
+        self.callbacks.append(callback)
+        return lambda: self.callbacks.remove(callback)
+
+    def find(self, name: str) -> VmView:
+        if name not in self.views:
+            raise NoSuchVm(f"there is no VM {name}")
+        if name in FAILURES:
+            kind, *args = FAILURES[name]
+            raise kind(*args)
+        return self.views[name]
+
+    def change(self, name: str, state: str, last_result: str = "") -> None:
+        self.views[name] = dataclasses.replace(self.views[name], state=state, last_result=last_result)
+        self.publish(self.views[name])
+
+    def publish(self, change: Change) -> None:
+        for callback in self.callbacks:
+            callback(change)
+
+
+def main() -> None:
+    address, quiet_seconds = sys.argv[1], float(sys.argv[2])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))  # a leak of descriptors shows soon
+    main_loop = GLib.MainLoop()
+    con = connect(address)
+    authority = Polkit(con, Limits(quiet_seconds=quiet_seconds, interactive_seconds=2))
+    serve(con, VmsInMemory(), authority, version="1.2", on_closed=main_loop.quit)
+    print("ready", flush=True)
+    main_loop.run()
+    print("closed", flush=True)
+
+
+if __name__ == "__main__":
+    main()

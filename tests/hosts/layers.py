@@ -1,0 +1,282 @@
+"""The cached layers of the container host: Debian packages, vmsilo installed, a guest image. Each keyed by
+what it is made of.
+
+Called by the container and the demo, as root. A layer is built beside its place and renamed when it is
+whole; builders of the same layer wait for one another. Lives in .cache until `make clean`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+REPO = Path(__file__).resolve().parents[2]
+CACHE = REPO / ".cache"
+HOST_SUITE = "trixie"
+HOST_PACKAGES = [
+    "systemd",
+    "systemd-sysv",
+    "dbus",
+    "polkitd",
+    "python3",
+    "python3-venv",
+    "python3-gi",
+    "python3-pydbus",
+    "python3-systemd",
+    "python3-cairo",
+    "gir1.2-glib-2.0",
+    "iproute2",
+    "procps",
+    "util-linux",
+    "nftables",
+    "qemu-system-x86",
+    "make",
+    "mmdebstrap",
+    "erofs-utils",
+    "strace",
+    "less",
+    "ca-certificates",
+    "sudo",
+]
+# vhost-device-vsock stands in for the kernel's vhost-vsock, which a container on a bare kernel does not
+# have.
+DEVICE_SUITE = "forky"
+DEVICE_PACKAGE = "vhost-device-vsock"
+INSTALLED_FROM = (
+    "Makefile",
+    "pyproject.toml",
+    "README.md",
+    "daemon",
+    "client",
+    "guest",
+    "systemd",
+    "polkit",
+    "docs",
+)
+IMAGE_FROM = ("daemon/vmsilo_image", "guest")
+USER = "user"  # the desktop user of the test host, uid 1000
+
+
+def say(text: str) -> None:
+    print(f"== {text}", file=sys.stderr, flush=True)
+
+
+def digest(*parts: str, files: Iterable[str] = ()) -> str:
+    """A key of 16 hex digits over texts and the contents of files and folders of the repository."""
+    value = hashlib.sha256("\0".join(parts).encode())
+    for name in files:
+        top = REPO / name
+        for path in [top] if top.is_file() else sorted(top.rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                value.update(f"{path.relative_to(REPO)}\0{path.stat().st_mode & 0o111}\0".encode())
+                value.update(path.read_bytes())
+    return value.hexdigest()[:16]
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def making(target: Path) -> Iterator[Path | None]:
+    """Yields a fresh folder to fill, renamed to `target` at the end; None when target is there already."""
+    with locked(target.with_name(f".{target.name}.lock")):
+        if target.exists():
+            yield None
+            return
+        partial = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            partial.rename(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def drop_older(target: Path) -> None:
+    """Remove other versions of a layer, so that the cache does not grow with every change of the source."""
+    prefix = target.name.rsplit("-", 1)[0]
+    for other in target.parent.glob(f"{prefix}-*"):
+        if other != target:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def run_logged(argv: list[str], log: Path, *, env: dict[str, str] | None = None) -> None:
+    """Run a build step; its output is kept in `log` and shown only when it fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as out:
+        done = subprocess.run(
+            argv, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=env, check=False
+        )
+    if done.returncode:
+        sys.stderr.write(log.read_text(errors="replace")[-4000:])
+        raise SystemExit(f"{argv[0]} failed with {done.returncode}; its whole output is in {log}")
+
+
+def make_base() -> Path:
+    """Debian with all packages; no vmsilo yet. About 800 MB."""
+    target = CACHE / "hosts" / f"base-{digest(HOST_SUITE, DEVICE_SUITE, DEVICE_PACKAGE, *HOST_PACKAGES)}"
+    with making(target) as partial:
+        if partial is not None:
+            say(f"building the test host's root: Debian {HOST_SUITE}, {len(HOST_PACKAGES)} packages")
+            include = ",".join(HOST_PACKAGES)
+            root = partial / "root"
+            run_logged(
+                ["mmdebstrap", "--variant=minbase", f"--include={include}", HOST_SUITE, str(root)],
+                CACHE / "logs" / "base.log",
+            )
+            device = partial / "device"
+            # A testing suite's Release file runs out while nobody refreshes a mirror's snapshot.
+            options = ["--variant=extract", '--aptopt=Acquire::Check-Valid-Until "false"', "--mode=root"]
+            run_logged(
+                ["mmdebstrap", *options, f"--include={DEVICE_PACKAGE}", DEVICE_SUITE, str(device)],
+                CACHE / "logs" / "device.log",
+            )
+            shutil.copy2(device / "usr/bin" / DEVICE_PACKAGE, root / "usr/bin" / DEVICE_PACKAGE)
+            shutil.rmtree(device)
+            finish_root(root)
+            fetch_wheels(partial / "wheels", root)
+    drop_older(target)
+    return target
+
+
+def finish_root(root: Path) -> None:
+    """The accounts and settings of an ordinary desktop machine."""
+    (root / "etc/hostname").write_text("testhost\n")
+    (root / "etc/machine-id").write_text("")
+    enter = ["chroot", str(root)]
+    for name, uid in ((USER, "1000"), ("mallory", "1001")):
+        subprocess.run([*enter, "useradd", "-m", "-s", "/bin/bash", "-u", uid, name], check=True)
+
+
+def fetch_wheels(wheels: Path, root: Path) -> None:
+    """The Python packages that `make install` takes from PyPI, for the container that has no network."""
+    wheels.mkdir()
+    version = subprocess.check_output(
+        ["chroot", str(root), "python3", "-c", "import sys; print('%d.%d' % sys.version_info[:2])"],
+        text=True,
+    ).strip()
+    names = ["pydantic>=2.10,<3", "pyroute2>=0.7.2,<0.10", "inotify-simple>=1.3.5,<3", "jeepney>=0.8"]
+    run_logged(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--only-binary=:all:",
+            f"--python-version={version}",
+            *(f"--dest={wheels}", *names),
+        ],
+        CACHE / "logs" / "wheels.log",
+    )
+
+
+def make_installed(base: Path) -> Path:
+    """The difference that `make install` makes on the base: an overlay's upper folder."""
+    target = CACHE / "hosts" / f"installed-{digest(base.name, files=INSTALLED_FROM)}"
+    with making(target) as partial:
+        if partial is not None:
+            say("installing vmsilo in the test host: make install")
+            source = partial / "source"
+            source.mkdir()
+            for name in INSTALLED_FROM:
+                path = REPO / name
+                if path.is_dir():
+                    shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+                else:
+                    shutil.copy2(path, source / name)
+            (partial / "upper").mkdir()
+            with mounted([base / "root"], partial / "upper", partial / "work") as merged:
+                run_logged(
+                    nspawn(
+                        merged,
+                        f"--bind-ro={source}:/root/vmsilo",
+                        f"--bind-ro={base / 'wheels'}:/root/wheels",
+                        "--setenv=PIP_NO_INDEX=1",
+                        "--setenv=PIP_FIND_LINKS=/root/wheels",
+                        "--chdir=/root/vmsilo",
+                        "make",
+                        "install",
+                    ),
+                    CACHE / "logs" / "install.log",
+                )
+            shutil.rmtree(source)
+            shutil.rmtree(partial / "work", ignore_errors=True)
+    drop_older(target)
+    return target
+
+
+def make_images(base: Path, installed: Path) -> Path:
+    """The images folder with the default image, built inside the host by `vmsilo image build`."""
+    target = CACHE / "hosts" / f"images-{digest(base.name, files=IMAGE_FROM)}"
+    with making(target) as partial:
+        if partial is not None:
+            say("building the guest image in the test host: vmsilo image build default")
+            scratch = target.with_name(".images-scratch")
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir()
+            try:
+                with mounted(
+                    [installed / "upper", base / "root"], scratch / "upper", scratch / "work"
+                ) as merged:
+                    argv = nspawn(
+                        merged, f"--bind={partial}:/var/lib/vmsilo/images", "vmsilo", "image", "build"
+                    )
+                    subprocess.run([*argv, "default"], check=True, stdin=subprocess.DEVNULL)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+    drop_older(target)
+    return target
+
+
+@contextmanager
+def mounted(lower: list[Path], upper: Path, work: Path) -> Iterator[Path]:
+    """An overlay of folders, in this process's own mount namespace (see `enter_private_mounts`)."""
+    for folder in (upper, work):
+        folder.mkdir(exist_ok=True)
+    merged = work.with_name(work.name + "-merged")
+    merged.mkdir(exist_ok=True)
+    options = f"lowerdir={':'.join(map(str, lower))},upperdir={upper},workdir={work}"
+    subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, str(merged)], check=True)
+    try:
+        yield merged
+    finally:
+        subprocess.run(["umount", "-l", str(merged)], check=False)
+        merged.rmdir()
+
+
+def nspawn(root: Path, *arguments: str) -> list[str]:
+    """A command in a root with the machine's network, nothing booted; dies with us."""
+    return [
+        *("setpriv", "--pdeathsig", "KILL", "systemd-nspawn", "--quiet", "--register=no", "--keep-unit"),
+        *("--as-pid2", "--capability=all", "--resolv-conf=copy-host", "--console=pipe", "-D", str(root)),
+        *arguments,
+    ]
+
+
+def enter_private_mounts() -> None:
+    """Go on in a mount namespace of our own: whatever ends this process, its mounts end with it."""
+    if os.environ.get("VMSILO_TEST_MOUNTS") == str(os.getpid()):
+        return
+    os.environ["VMSILO_TEST_MOUNTS"] = str(os.getpid())  # unshare(1) executes in place: the PID stays
+    # -m SCRIPT becomes its path in sys.argv: run the same module again.
+    spec = sys.modules["__main__"].__spec__
+    assert spec is not None
+    name = spec.parent if spec.name.endswith(".__main__") else spec.name
+    os.execvp("unshare", ["unshare", "--mount", sys.executable, "-m", str(name), *sys.argv[1:]])

@@ -1,0 +1,184 @@
+"""The bytes the kernel unpacks, and the order in which init loads modules."""
+
+from __future__ import annotations
+
+import lzma
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+from vmsilo_image import cpio
+from vmsilo_image.errors import ImageError
+from vmsilo_image.initrd import APPLETS, build_initrd
+from vmsilo_image.modules import module_name, plan_load_order
+from vmsilo_image.tree import find_ids, resolve_inside, write_file
+from vmsilo_image.trim import plan_static_nodes
+
+GUEST_IMAGE = Path(__file__).parents[2] / "guest" / "image"
+
+# From Debian's cloud kernel, names of paths shortened.
+MODULES_DEP = """\
+kernel/fs/erofs/erofs.ko.xz: kernel/lib/libcrc32c.ko.xz
+kernel/lib/libcrc32c.ko.xz:
+kernel/fs/overlayfs/overlay.ko.xz:
+kernel/drivers/virtio/virtio_mmio.ko.xz:
+kernel/drivers/block/virtio_blk.ko.xz:
+kernel/drivers/char/hw_random/virtio-rng.ko.xz: kernel/drivers/char/hw_random/rng-core.ko.xz
+kernel/drivers/char/hw_random/rng-core.ko.xz:
+kernel/net/vmw_vsock/vsock.ko.xz:
+kernel/net/vmw_vsock/virtio_transport.ko.xz: kernel/net/vmw_vsock/virtio_transport_common.ko.xz \
+kernel/net/vmw_vsock/vsock.ko.xz
+kernel/net/vmw_vsock/virtio_transport_common.ko.xz: kernel/net/vmw_vsock/vsock.ko.xz
+"""
+BUILTIN = "kernel/fs/ext4/ext4.ko\nkernel/drivers/virtio/virtio_pci.ko\n"
+
+
+def read_newc(data: bytes) -> dict[str, tuple[int, bytes]]:
+    """An independent reader: name -> (mode, data), across concatenated archives as the kernel reads them."""
+    members = {}
+    at = 0
+    while at < len(data):
+        if data[at] == 0:
+            at += 1
+            continue
+        assert at % 4 == 0
+        assert data[at : at + 6] == b"070701"
+        fields = [int(data[at + 6 + 8 * i : at + 14 + 8 * i], 16) for i in range(13)]
+        mode, size, name_size = fields[1], fields[6], fields[11]
+        name = data[at + 110 : at + 110 + name_size - 1].decode()
+        body = at + 110 + name_size
+        body += -body % 4
+        if name != "TRAILER!!!":
+            members[name] = (mode, data[body : body + size])
+        at = body + size + -(body + size) % 4
+    return members
+
+
+def test_archive_reads_back() -> None:
+    entries = [
+        cpio.directory("d"),
+        cpio.regular("d/odd", b"12345", 0o400),
+        cpio.symlink("d/link", "odd"),
+        cpio.character_device("d/console", 0o600, (5, 1)),
+    ]
+    archive = cpio.newc_archive(entries)
+    members = read_newc(archive)
+    assert len(archive) % 4 == 0
+    assert list(members) == ["d", "d/odd", "d/link", "d/console"]
+    assert members["d/odd"] == (stat.S_IFREG | 0o400, b"12345")
+    assert members["d/link"] == (stat.S_IFLNK | 0o777, b"odd")
+    assert stat.S_ISCHR(members["d/console"][0])
+
+
+@pytest.mark.skipif(shutil.which("cpio") is None, reason="needs cpio")
+def test_cpio_agrees() -> None:
+    archive = cpio.newc_archive([cpio.directory("a"), cpio.regular("a/b", b"x" * 7)])
+    result = subprocess.run(["cpio", "-t"], input=archive, capture_output=True, check=True)
+    assert result.stdout.split() == [b"a", b"a/b"]
+
+
+def test_secret_follows_any_padded_archive() -> None:
+    secret = "0f" * 32
+    first = cpio.pad(cpio.newc_archive([cpio.regular("init", b"#!")]), 512)
+    members = read_newc(first + cpio.secret_archive(secret))
+    assert members["vmsilo/secret"] == (stat.S_IFREG | 0o400, secret.encode() + b"\n")
+    assert members["vmsilo"][0] == stat.S_IFDIR | 0o700
+    assert "init" in members
+
+
+@pytest.mark.parametrize("secret", ["", "0" * 63, "0" * 65, "G" * 64, "0" * 63 + "\n"])
+def test_secret_is_checked(secret: str) -> None:
+    with pytest.raises(ValueError, match="64"):
+        cpio.secret_archive(secret)
+
+
+def test_dependencies_come_first_and_once() -> None:
+    order = plan_load_order(
+        ["erofs", "vsock", "virtio_transport", "virtio_rng", "virtio_blk"], MODULES_DEP, BUILTIN
+    )
+    assert [module_name(path) for path in order] == [
+        "libcrc32c",
+        "erofs",
+        "vsock",
+        "virtio_transport_common",
+        "virtio_transport",
+        "rng_core",
+        "virtio_rng",
+        "virtio_blk",
+    ]
+
+
+def test_builtin_modules_are_skipped() -> None:
+    assert plan_load_order(["ext4", "virtio_pci"], MODULES_DEP, BUILTIN) == []
+
+
+def test_all_unknown_modules_are_named() -> None:
+    with pytest.raises(ImageError, match="no erofs2, vhost"):
+        plan_load_order(["erofs2", "vhost", "overlay"], MODULES_DEP, BUILTIN)
+
+
+def test_initrd_holds_init_its_applets_and_uncompressed_modules(tmp_path: Path) -> None:
+    base = tmp_path / "usr/lib/modules/6.1-x/kernel"
+    base.mkdir(parents=True)
+    (tmp_path / "lib").symlink_to("usr/lib")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/busybox").write_bytes(b"BB")
+    names = ("erofs", "overlay", "virtio_blk", "vsock", "vmw_vsock_virtio_transport")
+    (base.parent / "modules.dep").write_text("".join(f"kernel/{name}.ko.xz:\n" for name in names))
+    builtin = ("button", "ext4", "virtio_console", "virtio_rng", "virtio_pci", "virtio_mmio")
+    (base.parent / "modules.builtin").write_text("".join(f"kernel/{name}.ko\n" for name in builtin))
+    for name in names:
+        (base / f"{name}.ko.xz").write_bytes(lzma.compress(name.encode()))
+    init = (GUEST_IMAGE / "init").read_bytes()
+    archive = build_initrd(tmp_path, "6.1-x", init)
+    members = read_newc(archive)
+    assert len(archive) % 512 == 0
+    assert members["init"] == (stat.S_IFREG | 0o755, init)
+    assert members["modules/erofs.ko"][1] == b"erofs"
+    listed = members["modules/list"][1].decode().split()
+    assert [f"modules/{name}" for name in listed] == [n for n in members if n.endswith(".ko")]
+    assert all(members[f"bin/{applet}"][1] == b"busybox" for applet in APPLETS)
+
+
+def test_init_is_a_valid_shell_script() -> None:
+    subprocess.run(["sh", "-n", str(GUEST_IMAGE / "init")], check=True)
+
+
+def test_paths_never_leave_the_root(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "etc").mkdir(parents=True)
+    (root / "escape").symlink_to("/../../etc")
+    (root / "up").symlink_to("../../..")
+    (root / "loop").symlink_to("loop")
+    assert resolve_inside(root, "/escape/x") == root / "etc/x"
+    assert resolve_inside(root, "/up/etc") == root / "etc"
+    with pytest.raises(ImageError, match="too many"):
+        resolve_inside(root, "/loop")
+    (tmp_path / "victim").write_text("safe")
+    (root / "etc/link").symlink_to(tmp_path / "victim")
+    write_file(root, "/etc/link", b"new", 0o640, (tmp_path.stat().st_uid, tmp_path.stat().st_gid))
+    assert (tmp_path / "victim").read_text() == "safe"
+    assert (root / "etc/link").read_bytes() == b"new"
+    assert stat.S_IMODE((root / "etc/link").stat().st_mode) == 0o640
+
+
+def test_owners_are_the_guests(tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/passwd").write_text("root:x:0:0::/root:/bin/sh\nuser:x:1000:1001::/home/user:/bin/sh\n")
+    (tmp_path / "etc/group").write_text("root:x:0:\nuser:x:1001:\naudio:x:29:user\n")
+    assert find_ids(tmp_path, "user") == (1000, 1001)
+    assert find_ids(tmp_path, "user:audio") == (1000, 29)
+    with pytest.raises(ImageError, match="no user mallory"):
+        find_ids(tmp_path, "mallory")
+
+
+def test_static_nodes() -> None:
+    devname = "# comment\nfuse fuse c10:229\ntun net/tun c10:200\nloop loop-control c10:237\n"
+    assert plan_static_nodes(devname).splitlines() == [
+        "c! /dev/fuse 0600 - - - 10:229",
+        "d /dev/net 0755 - - -",
+        "c! /dev/net/tun 0600 - - - 10:200",
+        "c! /dev/loop-control 0600 - - - 10:237",
+    ]

@@ -1,0 +1,257 @@
+"""Launch plans against golden argv files, one argument per line. VMSILO_UPDATE_GOLDEN=1 rewrites them: read
+the diff.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from vmsilod.errors import VmsiloError
+from vmsilod.vmm import crosvm, qemu
+from vmsilod.vmm.errors import BadOptionValue, LaunchRefused
+from vmsilod.vmm.launch import (
+    FD_BASE,
+    Console,
+    CrosvmShape,
+    Disk,
+    HybridVsock,
+    KernelVsock,
+    Launch,
+    Leases,
+    QemuShape,
+    VmShape,
+)
+
+GOLDEN = Path(__file__).parent / "golden" / "vmm"
+
+VM = VmShape("banking", memory_mib=1024, cpus=2)
+KERNEL_VSOCK = KernelVsock(cid=42, device_fd=21)
+HYBRID_VSOCK = HybridVsock(cid=42, vhost_socket="/run/vmsilo/vm/banking/vsock/vhost")
+LEASES = Leases(
+    name="banking",
+    uid=60001,
+    gid=60001,
+    owner=1000,
+    vsock=KERNEL_VSOCK,
+    monitor_fd=20,
+    kernel_fd=22,
+    initrd_fd=23,
+    kvm=True,
+    root=Disk(fd=24, readonly=True),
+)
+HYBRID = replace(LEASES, vsock=HYBRID_VSOCK)
+WRITABLE = replace(LEASES, root=Disk(fd=24, readonly=False))
+ODD_NAMES = replace(LEASES, vsock=HybridVsock(cid=42, vhost_socket='/run/odd, "path"\\with [all]'))
+EXTRA_PARAMS = replace(VM, kernel_params=("mitigations=auto", 'foo="a b"'))
+MICROVM = replace(VM, qemu=QemuShape(machine="microvm"))
+Q35 = replace(VM, qemu=QemuShape(machine="q35"))
+
+CROSVM_CASES = {
+    "crosvm-kernel-vsock": (VM, LEASES, Console.NONE),
+    "crosvm-hybrid-vsock": (VM, HYBRID, Console.NONE),
+    "crosvm-writable-disk": (EXTRA_PARAMS, WRITABLE, Console.NONE),
+    "crosvm-debug-console": (VM, LEASES, Console.STDIO),
+    "crosvm-no-disk": (VM, replace(LEASES, root=None, initrd_fd=None), Console.NONE),
+    "crosvm-odd-names": (replace(VM, name="a-very-long-name-of-a-vm"), ODD_NAMES, Console.NONE),
+    "crosvm-extra-args": (
+        replace(
+            VM,
+            crosvm=CrosvmShape(
+                log_level="debug,disk=off",
+                extra_args=("--syslog-tag", "x"),
+                extra_run_args=("--hugepages",),
+            ),
+        ),
+        LEASES,
+        Console.NONE,
+    ),
+}
+QEMU_CASES = {
+    "qemu-microvm-tcg-hybrid": (MICROVM, replace(HYBRID, kvm=False), Console.NONE),
+    "qemu-microvm-kvm-kernel-vsock": (VM, LEASES, Console.NONE),
+    "qemu-q35-kvm-writable-disk": (Q35, WRITABLE, Console.NONE),
+    "qemu-q35-tcg-hybrid": (VM, replace(HYBRID, kvm=False), Console.NONE),
+    "qemu-debug-console": (EXTRA_PARAMS, LEASES, Console.STDIO),
+    "qemu-odd-names": (replace(VM, name="a,b=c"), ODD_NAMES, Console.NONE),
+    "qemu-extra-args": (
+        replace(VM, qemu=QemuShape(accel="tcg", extra_args=("-device", "virtio-serial-pci"))),
+        replace(LEASES, initrd_fd=None),
+        Console.NONE,
+    ),
+}
+
+
+def plan(case: str) -> Launch:
+    if case in CROSVM_CASES:
+        vm, leases, console = CROSVM_CASES[case]
+        return crosvm.plan_launch(vm, leases, console=console, binary="/usr/bin/crosvm")
+    vm, leases, console = QEMU_CASES[case]
+    return qemu.plan_launch(vm, leases, console=console, binary="/usr/bin/qemu-system-x86_64")
+
+
+@pytest.mark.parametrize("case", [*CROSVM_CASES, *QEMU_CASES])
+def test_argv_is_the_golden_one(case: str) -> None:
+    launch = plan(case)
+    numbered = [f"# fd {FD_BASE + i} = {fd}" for i, fd in enumerate(launch.fds)]
+    text = "\n".join([*numbered, *launch.argv]) + "\n"
+    golden = GOLDEN / f"{case}.txt"
+    if os.environ.get("VMSILO_UPDATE_GOLDEN"):
+        golden.write_text(text)
+    assert text == golden.read_text()
+
+
+def test_no_golden_file_is_left_over() -> None:
+    assert {path.stem for path in GOLDEN.glob("*.txt")} == {*CROSVM_CASES, *QEMU_CASES}
+
+
+# Where crosvm.md describes each option; the value says whether it takes an argument.
+CROSVM_GLOBAL = {"--log-level": True, "--no-syslog": False, "--extended-status": False}  # 1.1
+CROSVM_RUN = {
+    "--name": True,  # 1.3
+    "--mem": True,  # 1.3
+    "--cpus": True,  # 1.3
+    "--nested": True,  # 1.3
+    "--no-usb": False,  # 1.3
+    "--initrd": True,  # 1.3
+    "--params": True,  # 1.3
+    "--block": True,  # 1.4
+    "--vsock": True,  # 1.6
+    "--vhost-user": True,  # 1.7
+    "--vhost-user-connect-timeout-ms": True,  # 1.7
+    "--serial": True,  # 1.11
+    "--socket": True,  # 1.15
+    "--pivot-root": True,  # 1.16
+}
+CROSVM_KEYS = {
+    "--mem": {"size"},
+    "--cpus": {"num-cores"},
+    "--nested": {"off"},
+    "--block": {"path", "ro", "lock"},
+    "--vsock": {"cid", "device"},
+    "--vhost-user": {"vsock", "socket", "max-queue-size"},
+    "--serial": {"type", "hardware", "num", "console", "stdin"},
+}
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CROSVM_CASES if case not in {"crosvm-extra-args", "crosvm-odd-names"}]
+)
+def test_crosvm_options_are_in_its_grammar(case: str) -> None:
+    _, *argv = plan(case).argv
+    run = argv.index("run")
+    assert read_options(argv[:run], CROSVM_GLOBAL) == []
+    positional = read_options(argv[run + 1 :], CROSVM_RUN)
+    assert len(positional) == 1
+    assert positional[0].startswith("/proc/self/fd/")
+
+
+def read_options(argv: list[str], grammar: dict[str, bool]) -> list[str]:
+    rest = list(argv)
+    seen: set[str] = set()
+    while rest and rest[0].startswith("-"):
+        option = rest.pop(0)
+        assert option in grammar
+        assert option not in seen, "crosvm refuses a repeated single option"
+        seen.add(option)
+        if not grammar[option]:
+            continue
+        value = rest.pop(0)
+        assert not value.startswith("-")
+        for pair in value.split(",") if option in CROSVM_KEYS else []:
+            assert pair.partition("=")[0] in CROSVM_KEYS[option]
+    return rest
+
+
+@pytest.mark.parametrize("case", [*CROSVM_CASES, *QEMU_CASES])
+def test_every_descriptor_in_the_argv_is_passed_and_none_else(case: str) -> None:
+    launch = plan(case)
+    vm, leases, _ = (CROSVM_CASES | QEMU_CASES)[case]
+    assert vm is not None
+    wanted = {leases.monitor_fd, leases.kernel_fd}
+    wanted |= {leases.initrd_fd} if leases.initrd_fd is not None else set()
+    wanted |= {leases.root.fd} if leases.root else set()
+    wanted |= {leases.vsock.device_fd} if isinstance(leases.vsock, KernelVsock) else set()
+    assert set(launch.fds) == wanted
+    assert len(launch.fds) == len(wanted)
+    line = " ".join(launch.argv)
+    for number in range(FD_BASE, FD_BASE + len(launch.fds)):
+        assert f"/fd/{number}" in line or f"fd={number}" in line
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        CrosvmShape(extra_args=("--disable-sandbox",)),
+        CrosvmShape(extra_run_args=("--disable-sandbox",)),
+        CrosvmShape(extra_run_args=("--disable-sandbox=true",)),
+        CrosvmShape(extra_run_args=("a\0b",)),
+        CrosvmShape(log_level="--disable-sandbox"),
+        CrosvmShape(log_level=""),
+    ],
+)
+def test_crosvm_without_sandbox_is_refused(shape: CrosvmShape) -> None:
+    with pytest.raises(LaunchRefused):
+        crosvm.plan_launch(replace(VM, crosvm=shape), LEASES, console=Console.NONE, binary="crosvm")
+
+
+@pytest.mark.parametrize("extra", ["-sandbox", "--sandbox", "-daemonize"])
+def test_qemu_without_sandbox_is_refused(extra: str) -> None:
+    vm = replace(VM, qemu=QemuShape(extra_args=(extra, "off")))
+    with pytest.raises(LaunchRefused) as caught:
+        qemu.plan_launch(vm, LEASES, console=Console.NONE, binary="qemu")
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("vm", "leases"),
+    [
+        (replace(MICROVM, needs_pci=True), LEASES),
+        (replace(VM, qemu=QemuShape(accel="kvm")), replace(LEASES, kvm=False)),
+        (replace(VM, name="-name"), LEASES),
+        (replace(VM, kernel_params=("x" * 2048,)), LEASES),
+        (replace(VM, kernel_params=("a\nb",)), LEASES),
+        (replace(VM, kernel_params=("",)), LEASES),
+        (replace(VM, kernel_params=("ä",)), LEASES),
+        (VM, replace(LEASES, kernel_fd=-1)),
+    ],
+)
+def test_impossible_vm_is_refused(vm: VmShape, leases: Leases) -> None:
+    with pytest.raises(VmsiloError):
+        qemu.plan_launch(vm, leases, console=Console.NONE, binary="qemu")
+
+
+def test_a_pci_device_takes_the_vm_off_microvm() -> None:
+    assert qemu.choose_machine(VM, kvm=True) == "microvm"
+    assert qemu.choose_machine(replace(VM, needs_pci=True), kvm=True) == "q35"
+
+
+def test_users_kernel_params_come_last() -> None:
+    argv = crosvm.plan_launch(EXTRA_PARAMS, LEASES, console=Console.NONE, binary="crosvm").argv
+    assert argv[argv.index("--params") + 1].endswith(' mitigations=auto foo="a b"')
+
+
+def test_control_characters_in_a_socket_path_are_refused() -> None:
+    leases = replace(LEASES, vsock=HybridVsock(42, "/run/a\nb"))
+    with pytest.raises(BadOptionValue):
+        crosvm.plan_launch(VM, leases, console=Console.NONE, binary="crosvm")
+
+
+@pytest.mark.parametrize(
+    ("head", "expected"),
+    [
+        (b"QFI\xfb\0\0\0\3", "qcow2"),
+        (b"composite_disk\x1d\0", "crosvm composite disk"),
+        (b"\x3a\xff\x26\xed", "Android sparse image"),
+        (b"\x28\xb5\x2f\xfd", "zstd"),
+        (b"\x5f\x2a\x4d\x18", "zstd"),
+        (b"\x60\x2a\x4d\x18", None),
+        (bytes(512), None),
+        (b"", None),
+        (b"QFI", None),
+    ],
+)
+def test_disk_format_that_crosvm_would_detect(head: bytes, expected: str | None) -> None:
+    assert crosvm.find_disk_format(head) == expected

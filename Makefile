@@ -73,6 +73,7 @@ install: ## install below PREFIX (root); README says what to do then
 		chmod 755 $(DESTDIR)$(LIBDIR)/bin/$${entry%%:*}; done
 	for entry in $(VENV_PROGRAMS); do ./systemd/entry venv $(LIBDIR) $${entry#*:} > $(DESTDIR)$(LIBDIR)/bin/$${entry%%:*}; \
 		chmod 755 $(DESTDIR)$(LIBDIR)/bin/$${entry%%:*}; done
+	sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml > $(DESTDIR)$(LIBDIR)/VERSION
 	$(PYTHON) -m compileall -q $(DESTDIR)$(LIBDIR)/daemon $(DESTDIR)$(LIBDIR)/client $(DESTDIR)$(LIBDIR)/guest
 	install -d $(DESTDIR)$(UNITDIR) $(DESTDIR)/usr/lib/sysusers.d $(DESTDIR)/usr/lib/tmpfiles.d \
 		$(DESTDIR)/usr/share/dbus-1/system.d $(DESTDIR)/usr/share/dbus-1/system-services \

@@ -1,6 +1,7 @@
-"""The host as the clients see it: command sockets, a stand-in for relayd and the guest's agent, a user's terminal.
+"""The host as clients see it: command sockets, a stand-in for relayd and the agent, a user's terminal.
 
-Used by tests/unit/test_client*.py. Runs the real programs as processes of their own; nothing of the client is replaced.
+Used by tests/unit/test_client*.py. Runs the real programs as processes of their own; nothing of the client
+is replaced.
 """
 
 import contextlib
@@ -8,7 +9,6 @@ import fcntl
 import importlib.util
 import json
 import os
-import select
 import signal
 import socket
 import struct
@@ -26,6 +26,7 @@ from vmsilo_wire import payload
 ROOT = Path(__file__).resolve().parent.parent
 WAIT = 20.0
 Agent = Callable[[socket.socket], None]
+Completed = subprocess.CompletedProcess[bytes]
 
 
 def site_dirs() -> tuple[str, ...]:
@@ -40,9 +41,39 @@ def write_program(directory: Path, program: str, *, interpreter_path: tuple[str,
     path = [str(ROOT / "client"), str(ROOT / "guest")]
     script.write_text(
         f"import sys\nsys.path[:0] = {path!r}\nfrom vmsilo.programs import launch\n"
-        f"launch({program!r}, {str(directory / 'lib')!r}, {interpreter_path!r}, {str(directory / 'run')!r})\n"
+        f"launch({program!r}, {str(directory / 'lib')!r}, {interpreter_path!r}, "
+        f"{str(directory / 'run')!r})\n"
     )
     return [sys.executable, "-I", "-S", str(script)]
+
+
+class Run:
+    """vm-run's command line, and what it did."""
+
+    def __init__(self, directory: Path) -> None:
+        self.argv = write_program(directory, "vm-run", interpreter_path=site_dirs())
+
+    def __call__(self, *args: str, stdin: bytes = b"", env: dict[str, str] | None = None) -> Completed:
+        return subprocess.run(
+            [*self.argv, *args],
+            input=stdin,
+            capture_output=True,
+            timeout=60,
+            check=False,
+            env={**os.environ, "DBUS_SYSTEM_BUS_ADDRESS": "unix:path=/nonexistent", **(env or {})},
+        )
+
+    def start(self, *args: str, stdout: int = subprocess.PIPE) -> "subprocess.Popen[bytes]":
+        pipe = subprocess.PIPE
+        return subprocess.Popen([*self.argv, *args], stdin=pipe, stdout=stdout, stderr=pipe)
+
+
+def end(process: "subprocess.Popen[bytes]") -> tuple[int, bytes, bytes]:
+    try:
+        out, err = process.communicate(timeout=WAIT)
+    finally:
+        process.kill()
+    return process.returncode, out or b"", err or b""
 
 
 class CommandSocket:
@@ -264,82 +295,3 @@ def _serve_input(
     with contextlib.suppress(ProcessLookupError):
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
-
-
-class Terminal:
-    """A program on a terminal of its own, and the person before it."""
-
-    def __init__(
-        self, argv: list[str], *, env: dict[str, str] | None = None, stdin: int | None = None
-    ) -> None:
-        self.master, slave = os.openpty()
-        self.screen = b""
-        self.resize(24, 80)
-        self._slave = slave  # kept, so that the modes can be read when the program is gone
-        self.modes = termios.tcgetattr(slave)
-
-        def take() -> None:
-            os.setsid()
-            fcntl.ioctl(1, termios.TIOCSCTTY, 0)
-
-        self.process = subprocess.Popen(
-            argv,
-            stdin=slave if stdin is None else stdin,
-            stdout=slave,
-            stderr=slave,
-            env={**os.environ, "TERM": "xterm-256color", **(env or {})},
-            preexec_fn=take,
-        )
-
-    def __enter__(self) -> "Terminal":
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait(WAIT)
-        os.close(self.master)
-        os.close(self._slave)
-
-    def resize(self, rows: int, cols: int) -> None:
-        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
-
-    def type(self, keys: bytes) -> None:
-        os.write(self.master, keys)
-
-    def read_until(self, text: bytes) -> bytes:
-        """Everything seen since the start, when `text` has appeared in it."""
-        deadline = time.monotonic() + WAIT
-        while text not in self.screen:
-            left = deadline - time.monotonic()
-            ready, _, _ = select.select([self.master], [], [], max(left, 0))
-            assert ready, f"{text!r} did not appear; seen: {self.screen!r}"
-            self.screen += os.read(self.master, 65536)
-        return self.screen
-
-    def wait(self) -> int:
-        """The exit status; reads the screen meanwhile."""
-        deadline = time.monotonic() + WAIT
-        while self.process.poll() is None:
-            assert time.monotonic() < deadline, f"the program did not end; seen: {self.screen!r}"
-            self._drain(0.02)
-        self._drain(0)
-        return self.process.returncode
-
-    def current_modes(self) -> list[object]:
-        modes: list[object] = termios.tcgetattr(self._slave)
-        return modes
-
-    def is_raw(self) -> bool:
-        return not termios.tcgetattr(self._slave)[3] & termios.ICANON
-
-    def wait_raw(self) -> None:
-        deadline = time.monotonic() + WAIT
-        while not self.is_raw():
-            assert time.monotonic() < deadline, f"the terminal did not become raw; seen: {self.screen!r}"
-            time.sleep(0.005)
-
-    def _drain(self, wait: float) -> None:
-        while select.select([self.master], [], [], wait)[0]:
-            self.screen += os.read(self.master, 65536)
-            wait = 0

@@ -35,7 +35,7 @@ def vm(name: str, state: str = "running", **properties: tuple[str, Any]) -> dict
 
 
 class FakeDaemon:
-    """`answers[method]` takes the call's values and gives a Reply; `calls` is what was asked, `flags` how."""
+    """`answers[method]` takes the call's values and gives a Reply; `calls` is what was asked."""
 
     def __init__(self, address: str) -> None:
         self.vms: list[dict[str, tuple[str, Any]]] = [vm("banking")]

@@ -35,7 +35,7 @@ def printable(untrusted_text: object, limit: int = FACT_MAX) -> str:
 
 
 def split_message(untrusted_message: str) -> tuple[str, str]:
-    """The fact on the first line of a daemon's error; the rest is the hint, with or without `hint:` before it."""
+    """Of a daemon's error: the first line is the fact, the rest the hint, with or without `hint:`."""
     fact, _, rest = untrusted_message.partition("\n")
     return printable(fact), printable(rest.removeprefix("hint:"))
 

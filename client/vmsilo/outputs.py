@@ -62,9 +62,10 @@ class Output:
         if self.pending:
             self.pending += bytes(data)
             return
-        while len(data):
+        left = memoryview(data)
+        while len(left):
             try:
-                count = self._write(data)
+                count = self._write(left)
             except BlockingIOError:
                 count = 0
             except BrokenPipeError as exc:
@@ -73,9 +74,9 @@ class Output:
                 which = "standard error" if self.fd == 2 else "standard output"
                 raise ClientError(f"cannot write to {which}: {exc.strerror}") from exc
             if not count:
-                self.pending = bytes(data)
+                self.pending = bytes(left)
                 return
-            data = data[count:]
+            left = left[count:]
 
     def _choose(self) -> "Callable[[Data], int]":
         try:

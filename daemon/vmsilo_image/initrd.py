@@ -29,7 +29,7 @@ WANTED = (
     "vsock",
     "vmw_vsock_virtio_transport",
     "virtio_rng",
-    # The power button, by which a VMM asks for a clean end; ACPI devices are not coldplugged later (see trim).
+    # The power button, by which a VMM asks for a clean end: trim leaves ACPI devices out of coldplug.
     "button",
     "virtio_pci",
     "virtio_mmio",

@@ -52,7 +52,7 @@ def run_tool(
     env: Mapping[str, str] | None = None,
     on_line: Callable[[str], None] | None = None,
 ) -> None:
-    """Runs `argv` to its end. ImageError with the last line that says why, where there is one."""
+    """Runs `argv` to its end. ImageError with the first line that says why, where there is one."""
     reason = ""
     full_env = {"PATH": PATH, "LC_ALL": "C.UTF-8", **_proxies(), **(env or {})}
     with log.open("ab") as sink:
@@ -72,8 +72,8 @@ def run_tool(
                 for raw in process.stdout:
                     sink.write(raw)
                     line = raw.decode(errors="replace").rstrip()
-                    found = ERROR.match(line)
-                    reason = line if found else reason
+                    if not reason and ERROR.match(line):
+                        reason = line
                     if on_line:
                         on_line(line)
             except BaseException:

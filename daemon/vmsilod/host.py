@@ -13,6 +13,7 @@ from pathlib import Path
 
 from vmsilod.errors import Failed, StartFailed
 from vmsilod.resources import vsock
+from vmsilod.vmm.choose import probe_kvm
 
 RELAY_GROUP = "vmsilo"
 LIBDIR = Path(os.environ.get("VMSILO_LIBDIR", "/usr/local/lib/vmsilo"))
@@ -26,6 +27,7 @@ class Host:
     kernel_vsock: bool
     hybrid_device: str | None
     groups: frozenset[str]
+    kvm: bool
 
     @property
     def hybrid(self) -> bool:
@@ -46,7 +48,8 @@ def probe_host() -> Host:
         raise Failed(f"there is no group '{RELAY_GROUP}'", "systemd-sysusers") from error
     kernel = vsock.has_kernel_vsock()
     hybrid = None if kernel else vsock.find_hybrid_device()
-    return Host(relay_gid, kernel, hybrid, frozenset(group.gr_name for group in grp.getgrall()))
+    groups = frozenset(group.gr_name for group in grp.getgrall())
+    return Host(relay_gid, kernel, hybrid, groups, kvm=probe_kvm().usable)
 
 
 def find_uid(user: str) -> int:

@@ -22,7 +22,7 @@ from vmsilod.resources.vsock import HYBRID_CID
 from vmsilod.units import files as unit_files
 from vmsilod.units.render import RenderedUnits, UnitContext, UnitPaths, render_units
 from vmsilod.vmm.choose import VmmKind, choose_vmm
-from vmsilod.vmm.errors import MissingVmm
+from vmsilod.vmm.errors import KvmNeeded, MissingVmm
 from vmsilod.waiting import Lock
 
 if TYPE_CHECKING:
@@ -101,7 +101,9 @@ class Publication:
         wanted: dict[str, RenderedUnits] = {}
         for vm in self._registry:
             if vm.config is not None and not vm.is_up and only in (None, vm.name):
-                wanted[vm.name] = render_units(vm.config, context_for(vm.config, host))
+                context = context_for(vm.config, host)
+                vm.vmm = context.vmm
+                wanted[vm.name] = render_units(vm.config, context)
         keep = frozenset(
             vm.name for vm in self._registry if vm.is_up or (only is not None and vm.name != only)
         )
@@ -124,8 +126,8 @@ class Publication:
 def context_for(config: VmConfig, host: Host) -> UnitContext:
     """Without a VMM the units are written all the same: the start says what is missing."""
     try:
-        kind = choose_vmm(config.vmm).kind
-    except MissingVmm:
+        kind = choose_vmm(config.vmm, kvm=host.kvm).kind
+    except (MissingVmm, KvmNeeded):
         kind = VmmKind.CROSVM if config.vmm == "crosvm" else VmmKind.QEMU
     paths = UnitPaths(libdir=str(LIBDIR))
     if host.hybrid_device:

@@ -7,7 +7,7 @@ lifecycle, used on the GLib loop only.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from vmsilod.config.model import VmConfig
 from vmsilod.errors import NoSuchVm
@@ -39,6 +39,7 @@ class Vm:
     ready: bool = False
     status: str = ""
     last_result: str = ""
+    vmm: Literal["crosvm", "qemu"] | None = None  # what its unit was written for
     killing: bool = False
     stop_deadline: float | None = None
     lock: Lock = field(default_factory=Lock)

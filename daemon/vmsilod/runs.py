@@ -24,6 +24,7 @@ from vmsilod.resources.record import Record
 from vmsilod.units.render import vsock_unit
 from vmsilod.vmm import drivers, launch
 from vmsilod.vmm.choose import TCG_WARNING, VmmKind, choose_vmm, probe_kvm
+from vmsilod.vmm.crosvm import find_disk_format
 from vmsilod.vmm.errors import MonitorError
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+DISK_HEAD = 64  # bytes; the longest magic that crosvm knows is shorter
 EMPTY_DIR = LIBDIR / "empty"  # crosvm's pivot root: Debian has no /var/empty
 
 
@@ -84,7 +86,9 @@ class Runs:
     ) -> Prepared:
         host = await loop.in_worker(probe_host)
         host.require_vsock()
-        choice = choose_vmm(config.vmm)
+        kvm = await loop.in_worker(probe_kvm)
+        # The VMM that the unit was written for: crosvm could not live in the sandbox of QEMU's.
+        choice = choose_vmm(vm.vmm or config.vmm, kvm=kvm.usable)
         driver = drivers.DRIVERS[choice.kind]
         vm.record = Record(
             name=vm.name,
@@ -117,7 +121,8 @@ class Runs:
         try:
             await self._connect_channel(vm, acquired, peer.unit)
             await self._register(vm, peer, acquired, fds)
-            kvm = await loop.in_worker(probe_kvm)
+            if choice.kind is VmmKind.CROSVM and not config.root_disk_readonly:
+                await loop.in_worker(refuse_foreign_format, acquired.root_fd)
             planned = driver.plan_launch(
                 shape_of(config),
                 leases_of(config, peer, acquired, kvm=kvm.usable),
@@ -274,6 +279,16 @@ class Runs:
             self._on_change(vm)
 
 
+def refuse_foreign_format(fd: int) -> None:
+    """crosvm finds out a disk's format by its first bytes, and those of a writable disk are the guest's."""
+    found = find_disk_format(os.pread(fd, DISK_HEAD, 0))
+    if found is not None:
+        raise StartFailed(
+            f"the writable root disk begins like a {found} image: crosvm would open the host files that it names",
+            'its guest may be hostile; look at the disk, or run it with vmm = "qemu"',
+        )
+
+
 def shape_of(config: VmConfig) -> launch.VmShape:
     return launch.VmShape(
         name=config.name,
@@ -303,5 +318,6 @@ def leases_of(config: VmConfig, peer: Peer, acquired: preparation.Acquired, *, k
         kernel_fd=acquired.kernel_fd,
         initrd_fd=acquired.initrd_fd,
         kvm=kvm,
+        empty_dir=str(EMPTY_DIR),
         root=launch.Disk(acquired.root_fd, config.root_disk_readonly),
     )

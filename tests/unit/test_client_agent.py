@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from agent_client import SECRET, AgentProcess
-from client_host import WAIT, Terminal, command_socket, write_program
+from client_host import WAIT, command_socket, write_program
+from client_host_terminal import Terminal
 from vmsilo_wire import payload
 
 

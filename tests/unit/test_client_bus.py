@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import vmsilo_wire as wire
-from client_host import Terminal, command_socket, run_commands, site_dirs, write_program
+from client_host import command_socket, run_commands, site_dirs, write_program
+from client_host_terminal import Terminal
 from vmsilo_wire import payload
 
 pytest.importorskip("jeepney")
@@ -62,7 +63,8 @@ def test_why_a_vm_failed(programs: Programs, daemon: FakeDaemon, tmp_path: Path)
         done = programs("vm-run", "banking", "x")
     assert done.returncode == 125
     assert done.stderr.decode() == (
-        "vm-run: VM 'banking' failed to start: exit-code: no kernel [2J\nhint: journalctl -b -u vmsilo-banking-vm\n"
+        "vm-run: VM 'banking' failed to start: exit-code: no kernel [2J\n"
+        "hint: journalctl -b -u vmsilo-banking-vm\n"
     )
 
 

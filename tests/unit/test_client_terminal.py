@@ -1,4 +1,4 @@
-"""vm-run on a terminal: raw mode and the way back, window size, the escape, the filter, the line of a cold start."""
+"""vm-run on a terminal: raw mode and the way back, size, escape, filter, the line of a cold start."""
 
 import os
 import select
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import vmsilo_wire as wire
-from client_host import CommandSocket, Terminal, command_socket, frames_of, run_commands, write_program
+from client_host import CommandSocket, command_socket, frames_of, run_commands, write_program
+from client_host_terminal import Terminal
 from vmsilo.terminal import LeaveEscape
 from vmsilo_wire import payload
 
@@ -137,7 +138,8 @@ def test_input_from_a_pipe_has_no_pty_but_the_filter(argv: list[str]) -> None:
     with Terminal([*argv, "banking", "sh", "-c", script], stdin=read_fd) as terminal:
         os.close(read_fd)
         assert terminal.wait() == 0
-    assert b"from the pipe\r\nno pty\r\n" in terminal.screen
+    assert b"from the pipe\r\n" in terminal.screen
+    assert b"no pty\r\n" in terminal.screen
     assert b"\x1b]" not in terminal.screen
     assert b"\x1b[2J" not in terminal.screen
     assert b"xterm" not in terminal.screen

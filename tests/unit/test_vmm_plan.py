@@ -40,6 +40,7 @@ LEASES = Leases(
     kernel_fd=22,
     initrd_fd=23,
     kvm=True,
+    empty_dir="/usr/local/lib/vmsilo/empty",
     root=Disk(fd=24, readonly=True),
 )
 HYBRID = replace(LEASES, vsock=HYBRID_VSOCK)

@@ -20,7 +20,6 @@ from vmsilod.vmm.outcome import Outcome, OutcomeKind, explain_signal
 if TYPE_CHECKING:
     from vmsilod.vmm.launch import Disk, Leases, VmShape
 
-PIVOT_ROOT = "/usr/local/lib/vmsilo/empty"
 """An existing empty directory, the jails' root; crosvm's own default /var/empty is not there on Debian."""
 
 # vhost-device-vsock refuses crosvm's default of 32768 (rust-vmm/vhost-device issue 458).
@@ -49,9 +48,7 @@ _SIGNAL_CAUSES: dict[int, str] = {
 }
 
 
-def plan_launch(
-    vm: VmShape, leases: Leases, *, console: Console, binary: str, pivot_root: str = PIVOT_ROOT
-) -> Launch:
+def plan_launch(vm: VmShape, leases: Leases, *, console: Console, binary: str) -> Launch:
     """argv of `crosvm run`; see docs/vmm.md for each option's reason."""
     _check_extra_args(vm)
     fds = PassedFds()
@@ -60,7 +57,7 @@ def plan_launch(
     argv += ["--name", check_argument(vm.name)[:_COMM_LENGTH]]
     argv += ["--socket", fds.path(leases.monitor_fd)]
     argv += ["--mem", f"size={vm.memory_mib}", "--cpus", f"num-cores={vm.cpus}"]
-    argv += ["--nested", "off", "--no-usb", "--pivot-root", check_argument(pivot_root)]
+    argv += ["--nested", "off", "--no-usb", "--pivot-root", check_argument(leases.empty_dir)]
     argv += _vsock_args(leases.vsock, fds)
     argv += _disk_args(leases.root, fds)
     argv += _console_args(console)

@@ -100,6 +100,8 @@ class Leases:
     kernel_fd: int
     initrd_fd: int | None
     kvm: bool
+    empty_dir: str
+    """An existing empty directory: crosvm pivots its device jails into it."""
     root: Disk | None
     """The first virtio disk: the read-only erofs image, or a writable raw one."""
 

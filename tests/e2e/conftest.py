@@ -1,0 +1,38 @@
+"""One real guest for the whole tier: the VM `demo`, booted once by QEMU in the container host."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hosts.container import Container
+
+# Lines that are logged at warning or above in a clean run of these tests, and why.
+EXPECTED = (
+    "without hardware virtualisation",  # there is no KVM in the container host
+    "guest did not shut down",  # a test hangs its guest on purpose
+    "Main process exited",  # tests kill VMMs
+    "Failed with result",
+    "Killing process",
+)
+
+
+@pytest.fixture(scope="session")
+def host(booted_host: Container) -> Iterator[Container]:
+    booted_host.configure(demo="memory = 1024\n", other="memory = 768\n")
+    yield booted_host
+    booted_host.run("vm-stop --force demo; vm-stop --force other", check=False)
+    assert not booted_host.run("find /run/vmsilo/vm /run/vmsilo-relay -mindepth 1").stdout
+    journal = booted_host.run("journalctl -q --no-pager -o cat -p warning -u 'vmsilo*'").stdout.splitlines()
+    assert not [line for line in journal if not any(known in line for known in EXPECTED)]
+
+
+@pytest.fixture
+def demo(host: Container) -> Container:
+    """The host with its VM demo running and ready."""
+    host.run(["vm-start", "demo", "--wait"], user="user")
+    return host

@@ -81,7 +81,7 @@ install: ## install below PREFIX (root); README says what to do then
 	for unit in vmsilod.service vmsilo-relayd.service; do \
 		sed -e 's|@libdir@|$(LIBDIR)|g' -e 's|@docdir@|$(DOCDIR)|g' systemd/$$unit.in > $(DESTDIR)$(UNITDIR)/$$unit; done
 	install -m 644 systemd/vmsilod.socket systemd/vmsilo-relayd.socket systemd/vmsilo.slice systemd/vmsilo-vms.target \
-		$(DESTDIR)$(UNITDIR)/
+		systemd/vmsilo-daemons.target $(DESTDIR)$(UNITDIR)/
 	install -m 644 systemd/vmsilo.sysusers.conf $(DESTDIR)/usr/lib/sysusers.d/vmsilo.conf
 	install -m 644 systemd/vmsilo.tmpfiles.conf $(DESTDIR)/usr/lib/tmpfiles.d/vmsilo.conf
 	install -m 644 systemd/org.vmsilo1.conf $(DESTDIR)/usr/share/dbus-1/system.d/
@@ -102,7 +102,8 @@ uninstall: ## remove what install put there; configuration and images stay
 	rm -rf $(DESTDIR)$(LIBDIR) $(DESTDIR)$(DOCDIR)
 	for name in vm-run vm-start vm-stop vm-start-debug vmsilo; do rm -f $(DESTDIR)$(PREFIX)/bin/$$name \
 		$(DESTDIR)/usr/share/bash-completion/completions/$$name; done
-	for unit in vmsilod.service vmsilo-relayd.service vmsilod.socket vmsilo-relayd.socket vmsilo.slice vmsilo-vms.target; do \
+	for unit in vmsilod.service vmsilo-relayd.service vmsilod.socket vmsilo-relayd.socket vmsilo.slice vmsilo-vms.target \
+		vmsilo-daemons.target; do \
 		rm -f $(DESTDIR)$(UNITDIR)/$$unit; done
 	rm -f $(DESTDIR)/usr/lib/sysusers.d/vmsilo.conf $(DESTDIR)/usr/lib/tmpfiles.d/vmsilo.conf \
 		$(DESTDIR)/usr/share/dbus-1/system.d/org.vmsilo1.conf \

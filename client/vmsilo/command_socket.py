@@ -29,7 +29,7 @@ SHOW_AFTER = 0.5  # seconds; a warm VM answers long before
 class Progress:
     """One line at a terminal, replaced in place and erased; silent elsewhere."""
 
-    __slots__ = ("_name", "_program", "_shown", "_since", "_text", "_wanted")
+    __slots__ = ("_name", "_program", "_shown", "_since", "_text", "_wanted", "booting")
 
     def __init__(self, program: str, name: str, since: float) -> None:
         self._program = program
@@ -38,8 +38,10 @@ class Progress:
         self._text = "waiting for the VM"
         self._shown = False
         self._wanted = os.isatty(2)
+        self.booting = False  # the relay has said so
 
     def say(self, untrusted_text: str) -> None:
+        self.booting = True
         self._text = printable(untrusted_text, 200)
         self.show()
 
@@ -129,7 +131,7 @@ def _receive(sock: "_socket.socket", name: str, progress: Progress) -> int | Non
                 raise ClientError("vmsilo-relayd answered without a connection")
             return fds.pop(0)
         if "error" in reply:
-            raise _refusal(name, reply["error"])
+            raise _refusal(name, reply["error"], booting=progress.booting)
         progress.say(str(reply.get("text", "")))
         return None
     finally:
@@ -145,10 +147,10 @@ def _take_fds(ancillary: "list[tuple[int, int, bytes]]") -> list[int]:
     return fds
 
 
-def _refusal(name: str, error: "Any") -> ClientError:
+def _refusal(name: str, error: "Any", *, booting: bool) -> ClientError:
     if not isinstance(error, dict):
         return ClientError(f"vmsilo-relayd refused VM '{name}'")
     fact = printable(error.get("message") or error.get("code") or "refused")
-    if error.get("code") == "stopping":
-        return SocketClosedError(fact)
+    if error.get("code") == "stopping" and not booting:
+        return SocketClosedError(fact)  # it was going when we came; a new start is what is wanted
     return ClientError(f"VM '{name}': {fact}", printable(error.get("hint") or ""))

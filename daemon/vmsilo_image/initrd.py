@@ -34,6 +34,8 @@ WANTED = (
     "virtio_pci",
     "virtio_mmio",
 )
+# How a VMM hears of a panic; without it a panic looks like a reset, and a broken guest boots for ever.
+WANTED_IF_THERE = ("pvpanic_mmio", "pvpanic_pci")
 APPLETS = (
     *("cat", "cttyhack", "insmod", "mkdir", "mount", "poweroff", "rm"),
     *("setsid", "sh", "switch_root", "usleep"),
@@ -71,7 +73,7 @@ def load_modules(root: Path, release: str) -> list[tuple[str, bytes]]:
         builtin = (base / "modules.builtin").read_text()
     except OSError as error:
         raise ImageError(f"the modules of kernel {release} cannot be read: {error.strerror}") from error
-    order = modules.plan_load_order(WANTED, dependencies, builtin)
+    order = modules.plan_load_order(WANTED, dependencies, builtin, WANTED_IF_THERE)
     return [(f"{modules.module_name(path)}.ko", uncompress(base / path)) for path in order]
 
 

@@ -32,15 +32,18 @@ def parse_dependencies(text: str) -> dict[str, tuple[str, ...]]:
     return table
 
 
-def plan_load_order(wanted: Iterable[str], dependencies: str, builtin: str) -> list[str]:
-    """Paths to load, dependencies first, each once. What the kernel has built in is left out; a module that
-    the kernel knows neither way is an ImageError that names all such modules."""
+def plan_load_order(
+    wanted: Iterable[str], dependencies: str, builtin: str, wanted_if_there: Iterable[str] = ()
+) -> list[str]:
+    """Paths to load, dependencies first, each once, but for what the kernel has built in. A wanted module
+    that the kernel knows neither way is an ImageError that names all such modules."""
     table = parse_dependencies(dependencies)
     paths = {module_name(path): path for path in table}
     inside = {module_name(path) for path in builtin.split()}
     order: list[str] = []
     missing: list[str] = []
-    for raw in wanted:
+    optional = [name for name in wanted_if_there if name in paths]
+    for raw in (*wanted, *optional):
         name = raw.replace("-", "_")
         if name in paths:
             path = paths[name]

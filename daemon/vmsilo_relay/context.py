@@ -15,6 +15,7 @@ class Limits:
     answer_seconds = 10.0  # a client's taking of the last packet
     dial_seconds = 10.0  # from the first connect to the agent until HELLO is written
     poweroff_seconds = 5.0  # the agent's answer to POWEROFF
+    poweroff_dial_seconds = 2.0  # an agent that is gone must not cost the guest the time for its shutdown
     message_seconds = 2.0  # a guest's message after it connected
     publish_seconds = 0.1  # at most one status change per VM in this time
     pause_seconds = 0.2  # a listener rests when descriptors ran out

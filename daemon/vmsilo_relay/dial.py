@@ -72,14 +72,16 @@ class Dial:
         self._out = memoryview(b"")
         self._answer = b""
         self._retry = RETRY_FIRST
+        self._seconds = context.limits.dial_seconds
         self._reason = "no answer"
         self._timer: Timer | None = None
         self._deadline: Timer | None = None
 
-    def start(self) -> None:
-        self._deadline = self._context.loop.after(
-            self._context.limits.dial_seconds, self._expire, self._fail
-        )
+    def start(self, seconds: float | None = None) -> None:
+        """`seconds` for all attempts together; by default those of the limits."""
+        if seconds is not None:
+            self._seconds = seconds
+        self._deadline = self._context.loop.after(self._seconds, self._expire, self._fail)
         self._attempt()
 
     def cancel(self) -> None:
@@ -185,7 +187,7 @@ class Dial:
         self._retry = min(self._retry * 2, RETRY_MAX)
 
     def _expire(self) -> None:
-        self._finish(None, f"no connection within {self._context.limits.dial_seconds:g} s ({self._reason})")
+        self._finish(None, f"no connection within {self._seconds:g} s ({self._reason})")
 
     def _fail(self, error: Exception) -> None:
         self._context.journal.log(ERROR, "relayd", f"connecting to an agent failed: {error!r}")

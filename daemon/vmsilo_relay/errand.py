@@ -44,7 +44,7 @@ class Errand:
 
     def start(self) -> None:
         self._vm.clients.add(self)
-        self._dial.start()
+        self._dial.start(self._context.limits.poweroff_dial_seconds if self.waits else None)
 
     def on_change(self) -> None:
         """An errand does not wait for readiness: vmsilod knows when to ask."""

@@ -27,11 +27,11 @@ UNIT = re.compile(r"[A-Za-z0-9:_.@\\-]{1,80}", re.ASCII)
 
 
 class Message:
-    """What counts of a guest's message; `status` is None where it says nothing new."""
+    """What counts of a guest's message; None is for what it does not speak of."""
 
     __slots__ = ("agent", "ready", "status")
 
-    def __init__(self, *, agent: bool, ready: bool, status: str | None) -> None:
+    def __init__(self, *, agent: bool | None, ready: bool | None, status: str | None) -> None:
         self.agent = agent
         self.ready = ready
         self.status = status
@@ -51,8 +51,11 @@ def parse_message(untrusted_data: bytes) -> Message:
         status = f"reached {untrusted_fields['X_SYSTEMD_UNIT_ACTIVE']}"
     elif UNIT.fullmatch(untrusted_fields.get("X_SYSTEMD_SHUTDOWN", "")):
         status = f"shutting down ({untrusted_fields['X_SYSTEMD_SHUTDOWN']})"
-    agent = untrusted_fields.get("X_VMSILO_AGENT") == "1"
-    return Message(agent=agent, ready=untrusted_fields.get("READY") == "1", status=status)
+    agent = {"1": True, "0": False}.get(untrusted_fields.get("X_VMSILO_AGENT", ""))
+    ready = True if untrusted_fields.get("READY") == "1" else None
+    if "X_SYSTEMD_SHUTDOWN" in untrusted_fields:  # also before a reboot, which says READY=1 again
+        agent = ready = False
+    return Message(agent=agent, ready=ready, status=status)
 
 
 class OpenMessages:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Vm:
-    """`announce(vm, event)` is called for "agent", "ready" and "status"."""
+    """`announce(vm, event)` is called for "agent", "ready", "down" and "status"."""
 
     def __init__(self, context: Context, record: Record, announce: Announce) -> None:
         self._context = context
@@ -54,10 +54,17 @@ class Vm:
         record, was_ready = self.record, self.ready
         if message.status is not None:
             record.status = message.status
-        if message.agent and not record.agent:
-            record.agent = True
+        was_there = record.agent
+        if message.agent is not None:
+            record.agent = message.agent
+        if record.agent and not was_there:
             self._announce(self, "agent")
-        record.ready = record.ready or message.ready
+        if message.ready is not None:
+            record.ready = message.ready
+        if was_ready and not self.ready:
+            # It shuts down or reboots: a connection to it would be lost, and can wedge a hybrid device.
+            self._context.journal.log(INFO, self.name, "not ready any more")
+            self._announce(self, "down")
         if self.ready and not was_ready:
             self._context.journal.log(INFO, self.name, "ready")
             self._announce(self, "ready")

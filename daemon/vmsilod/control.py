@@ -75,10 +75,12 @@ def find_unit(pid: int, proc: Path = Path("/proc")) -> tuple[str, str] | None:
         # "0::/vmsilo.slice/UNIT" (v2) or "1:name=systemd:/..." where the host still has a v1 hierarchy.
         hierarchy, controllers, path = line.split(":", 2)
         if (hierarchy == "0" and not controllers) or controllers == "name=systemd":
-            for part in path.split("/"):
-                match = UNIT_PATTERN.fullmatch(part)
-                if match:
-                    return match[1], part
+            # Only the first that is not a slice is a unit of the system's: below it, whoever the cgroup
+            # was delegated to (any user's own service manager) gives names at will.
+            unit = next((part for part in path.split("/") if part and not part.endswith(".slice")), "")
+            match = UNIT_PATTERN.fullmatch(unit)
+            if match:
+                return match[1], unit
     return None
 
 

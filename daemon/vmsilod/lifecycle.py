@@ -19,6 +19,7 @@ from vmsilod import loop
 from vmsilod.bus.views import Reloaded, VmRemoved
 from vmsilod.errors import ConfigBroken, NotRunning, StartFailed, Timeout, VmsiloError
 from vmsilod.spawning import send_frame, spawn_frame
+from vmsilod.systemd import INACTIVE
 from vmsilod.vm_view import view_of
 from vmsilod.vmm import drivers
 from vmsilod.vmm.choose import VmmKind
@@ -169,6 +170,8 @@ class Lifecycle:
             vm.ready = True
             seconds = time.time() - vm.unit.active_since / 1e6
             log.info("VM %s: guest ready %.1f s after its VMM", vm.name, seconds)
+        elif kind == "down":
+            vm.agent = vm.ready = False
         elif kind == "status":
             vm.status = str(event.get("text", ""))
         self.changed(vm)
@@ -221,6 +224,7 @@ class Lifecycle:
             await self._runs.release(vm)
             if killed and vm.unit.active == "failed":
                 await self._systemd.reset_failed(vm.debug_service if debug else vm.service)
+                vm.unit = INACTIVE
             if debug:
                 await self._restore_socket(vm)
         self.changed(vm)

@@ -108,8 +108,7 @@ class Publication:
             vm.name for vm in self._registry if vm.is_up or (only is not None and vm.name != only)
         )
         change = await loop.in_worker(unit_files.write_units, wanted, keep)
-        for name in change.removed_sockets:
-            await self._systemd.stop(name)
+        await self._forget(change.removed)
         if change.any:
             await self._systemd.reload()
         for name in sorted(wanted):
@@ -121,6 +120,16 @@ class Publication:
             result = await self._systemd.start(socket)
             if result != "done":
                 log.error("socket unit %s did not start: %s", socket, result)
+
+    async def _forget(self, removed: frozenset[str]) -> None:
+        """Before the reload: systemd keeps a unit without a file as long as it listens or counts as
+        failed.
+        """
+        for name in sorted(removed):
+            if name.endswith(".socket"):
+                await self._systemd.stop(name)
+            elif (await self._systemd.state(name)).active == "failed":
+                await self._systemd.reset_failed(name)
 
 
 def context_for(config: VmConfig, host: Host) -> UnitContext:

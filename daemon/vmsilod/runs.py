@@ -252,6 +252,10 @@ class Runs:
         for name, record in (await loop.in_worker(records.load_records)).items():
             vm = self._registry.adopt(name)
             vm.record = record
+            # Before the state is read, and whether or not its units will be written again: its end is ours
+            # to see.
+            self._systemd.follow(vm.service)
+            self._systemd.follow(vm.debug_service)
             vm.unit = await self._systemd.state(record.unit)
             vm.debug = record.unit == vm.debug_service
             if not vm.unit.is_up or vm.unit.invocation != record.invocation:
@@ -284,7 +288,7 @@ def refuse_foreign_format(fd: int) -> None:
     found = find_disk_format(os.pread(fd, DISK_HEAD, 0))
     if found is not None:
         raise StartFailed(
-            f"the writable root disk begins like a {found} image: crosvm would open the host files that it names",
+            f"the writable root disk begins like a {found} image: crosvm would open what it names",
             'its guest may be hostile; look at the disk, or run it with vmm = "qemu"',
         )
 

@@ -31,6 +31,10 @@ PROPERTIES = "org.freedesktop.DBus.Properties"
 CALL_TIMEOUT_MS = 25_000
 
 
+class NotLoaded(Failed):
+    """systemd knows no such unit (any more): it has no file and nothing of it is left."""
+
+
 @dataclass(frozen=True)
 class UnitState:
     """What systemd says of one service. `exit_code` is a CLD_* code, `exit_status` a status or signal;
@@ -107,13 +111,20 @@ class Systemd:
         return await self._job("StartUnit", unit)
 
     async def stop(self, unit: str) -> str:
-        return await self._job("StopUnit", unit)
+        try:
+            return await self._job("StopUnit", unit)
+        except NotLoaded:
+            return "done"
 
     async def kill(self, unit: str, signal: int) -> None:
         await self._call("KillUnit", GLib.Variant("(ssi)", (unit, "all", signal)))
 
     async def reset_failed(self, unit: str) -> None:
-        await self._call("ResetFailedUnit", GLib.Variant("(s)", (unit,)))
+        """Nothing to do for a unit that was collected (CollectMode=) when it failed."""
+        try:
+            await self._call("ResetFailedUnit", GLib.Variant("(s)", (unit,)))
+        except NotLoaded as error:
+            log.debug("ignoring: %s", error)
 
     async def find_units(self, pattern: str) -> list[tuple[str, str]]:
         """(unit, active state) of every loaded unit whose name matches the glob."""
@@ -169,7 +180,8 @@ class Systemd:
                 self._con, NAME, PATH, MANAGER, method, args, None, CALL_TIMEOUT_MS
             )
         except GLib.Error as error:
-            raise Failed(f"systemd refused {method}: {error.message}") from error
+            absent = Gio.dbus_error_get_remote_error(error) == "org.freedesktop.systemd1.NoSuchUnit"
+            raise (NotLoaded if absent else Failed)(f"systemd refused {method}: {error.message}") from error
         return tuple(values)
 
     def _job_removed(self, *args: Any) -> None:

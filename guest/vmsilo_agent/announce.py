@@ -14,6 +14,7 @@ from vmsilo_agent.process import run_quietly
 RETRY_FIRST = 0.1
 RETRY_MOST = 5.0
 _TIMEOUT = 5.0  # for one delivery
+_LEAVING_TIMEOUT = 1.0
 SYSTEMD_NOTIFY_VSOCK = 254  # the first systemd whose PID 1 reports to vmm.notify_socket over vsock
 
 
@@ -30,6 +31,22 @@ def notify_systemd(text: str) -> None:
             sock.send(text.encode())
     except OSError as exc:
         log(f"cannot notify systemd, ignoring: {exc.strerror}")
+
+
+def say_leaving(address: str | tuple[int, int]) -> None:
+    """At SIGTERM, which a shutdown or reboot of the guest begins with: nobody is to connect from here on.
+
+    One quick try: a host that does not hear it finds out by itself.
+    """
+    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_VSOCK
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as sock:
+            sock.settimeout(_LEAVING_TIMEOUT)
+            sock.connect(address)
+            sock.send(b"X_VMSILO_AGENT=0\n")
+            sock.recv(64)
+    except OSError as exc:
+        log(f"cannot say goodbye, ignoring: {exc}")
 
 
 class Announcer:

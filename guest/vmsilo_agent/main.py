@@ -14,7 +14,7 @@ from pathlib import Path
 from vmsilo_wire import AGENT_PORT, HOST_CID, HOST_PORT, ProtocolError
 from vmsilo_wire.payload import load_json
 
-from vmsilo_agent.announce import Announcer, announce, notify_systemd
+from vmsilo_agent.announce import Announcer, announce, notify_systemd, say_leaving
 from vmsilo_agent.cgroup import find_tree
 from vmsilo_agent.loop import Loop
 from vmsilo_agent.server import Server, Settings
@@ -70,8 +70,14 @@ def main(words: list[str]) -> None:
     notify_systemd("READY=1")
     address = _parse_address(options.announce)
     if address is not None:
+        signal.signal(signal.SIGTERM, lambda _number, _frame: _leave(address))
         announce(loop, Announcer(loop, address), options.systemctl)
     loop.run()
+
+
+def _leave(address: str | tuple[int, int]) -> None:
+    say_leaving(address)
+    os._exit(0)
 
 
 def _read_secret(path: str) -> str:

@@ -41,6 +41,8 @@ class Container(AbstractContextManager["Container"]):
         self._stack = ExitStack()
         self._nspawn: subprocess.Popen[bytes] | None = None
         self._leader = 0
+        self._scratch = Path()
+        self._images: Path | None = None
         self.root = Path()
         self.boot_log = Path()
 
@@ -49,6 +51,9 @@ class Container(AbstractContextManager["Container"]):
             base = layers.make_base()
             installed = layers.make_installed(base)
             images = layers.make_images(base, installed) if self._with_image else None
+            for layer in (base, installed, images):
+                if layer is not None:
+                    stack.enter_context(layers.using(layer))
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vmsilo-host-")))
             subprocess.run(
                 ["mount", "-t", "tmpfs", "-o", "mode=755", "vmsilo-host", str(scratch)], check=True
@@ -59,6 +64,7 @@ class Container(AbstractContextManager["Container"]):
                 layers.mounted([installed / "upper", base / "root"], scratch / "upper", scratch / "work")
             )
             stack.callback(self._stop)
+            self._scratch, self._images = scratch, images
             self._boot(scratch, images)
             self._stack = stack.pop_all()
         return self
@@ -115,6 +121,12 @@ class Container(AbstractContextManager["Container"]):
         except subprocess.TimeoutExpired:
             nspawn.kill()
             nspawn.wait()
+
+    def reboot(self) -> None:
+        """Power off in order, and boot again from what is on disk."""
+        self._stop()
+        (self._scratch / "notify").unlink()
+        self._boot(self._scratch, self._images)
 
     def argv(
         self, command: list[str], *, user: str = "root", env: dict[str, str] | None = None

@@ -69,7 +69,8 @@ def main() -> int:
         show("vmsilo list")
         show("systemctl status --no-pager vmsilo-demo-vm.service | cut -c1-160")
         show(
-            "grep -E '^(Name|Uid|CapEff|CapBnd|NoNewPrivs|Seccomp):' /proc/$(systemctl show -P MainPID vmsilo-demo-vm)/status"
+            "grep -E '^(Name|Uid|CapEff|CapBnd|NoNewPrivs|Seccomp):' "
+            "/proc/$(systemctl show -P MainPID vmsilo-demo-vm)/status"
         )
         show(
             "setpriv --reuid=mallory --regid=mallory --clear-groups vm-run demo true",

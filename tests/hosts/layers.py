@@ -7,6 +7,7 @@ whole; builders of the same layer wait for one another. Lives in .cache until `m
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -109,11 +110,29 @@ def making(target: Path) -> Iterator[Path | None]:
 
 
 def drop_older(target: Path) -> None:
-    """Remove other versions of a layer, so that the cache does not grow with every change of the source."""
+    """Remove other versions of a layer, so that the cache does not grow with every change of the source.
+
+    One that a running host is mounted on stays, for the next to remove.
+    """
     prefix = target.name.rsplit("-", 1)[0]
     for other in target.parent.glob(f"{prefix}-*"):
         if other != target:
-            shutil.rmtree(other, ignore_errors=True)
+            with (
+                contextlib.suppress(BlockingIOError, FileNotFoundError),
+                using(other, fcntl.LOCK_EX | fcntl.LOCK_NB),
+            ):
+                shutil.rmtree(other, ignore_errors=True)
+
+
+@contextmanager
+def using(layer: Path, lock: int = fcntl.LOCK_SH) -> Iterator[None]:
+    """As long as somebody does, nobody removes the layer."""
+    descriptor = os.open(layer, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, lock)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def run_logged(argv: list[str], log: Path, *, env: dict[str, str] | None = None) -> None:

@@ -224,7 +224,11 @@ def test_announcement_reaches_a_relay_that_comes_late(
                 with peer:
                     peer.settimeout(10)
                     assert peer.recv(4096).decode() == text
-        agent.assert_idle()
+            agent.assert_idle()
+            agent.process.terminate()
+            peer, _ = listener.accept()
+            with peer:
+                assert peer.recv(4096) == b"X_VMSILO_AGENT=0\n"
     finally:
         agent.stop()
 

@@ -92,6 +92,20 @@ def test_guest_that_rebooted_in_place_stays_ready(host: RelayHost, control: Cont
     assert vm_of(control)["ready"]
 
 
+@pytest.mark.parametrize("goodbye", [b"X_VMSILO_AGENT=0", b"X_SYSTEMD_SHUTDOWN=reboot"])
+def test_a_guest_that_goes_down_is_not_connected_to(
+    host: RelayHost, control: Control, goodbye: bytes
+) -> None:
+    host.make_ready()
+    subscriber = host.control()
+    subscriber.call("subscribe")
+    host.say(goodbye)
+    assert subscriber.receive()[0]["event"] == "down"
+    assert not vm_of(control)["ready"]
+    host.make_ready()
+    assert vm_of(control)["ready"]
+
+
 def test_garbage_changes_nothing(host: RelayHost, control: Control) -> None:
     before = vm_of(control)
     for junk in (b"\0" * 4096, os.urandom(2000).replace(b"=", b""), b"=" * 4000, b"READY=1" + b"x" * 4089):

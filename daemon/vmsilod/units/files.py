@@ -28,16 +28,16 @@ OUR_FILE = re.compile(
 
 @dataclass(frozen=True)
 class UnitChange:
-    """Unit names: `changed` existed before with another text; `removed_sockets` are to be stopped."""
+    """Unit names: `changed` existed before with another text."""
 
     written: frozenset[str]
     changed: frozenset[str]
-    removed_sockets: frozenset[str]
+    removed: frozenset[str]
     links: bool
 
     @property
     def any(self) -> bool:
-        return bool(self.written or self.removed_sockets) or self.links
+        return bool(self.written or self.removed) or self.links
 
 
 def write_units(
@@ -63,10 +63,7 @@ def write_units(
             if path.name in current or vm in keep:
                 continue
             path.unlink()
-            if path.suffix == ".socket":
-                removed.add(path.name)
-            else:
-                written.add(path.name)
+            removed.add(path.name)
         links = _write_links(wanted, keep, directory)
     except OSError as error:
         raise Failed(f"cannot write units below {directory}: {error.strerror}") from error

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vmsilod.config import VmConfig
 
 VMS_TARGET = "vmsilo-vms.target"
+DAEMONS_TARGET = "vmsilo-daemons.target"
 RUN_DIRECTORY = "/run/vmsilo"
 # Longest user name that systemd accepts (utmp's 32 bytes with the final NUL).
 _USER_NAME_MAX = 31
@@ -26,6 +27,8 @@ _USER_NAME_MAX = 31
 _STOP_MARGIN = 10
 # Seconds for `prepare`: the unit is started when the VMM is executed, not when the guest is ready.
 _PREPARE_TIMEOUT = 90
+# Bytes: below the kernel's SKB_WITH_OVERHEAD(32 KiB), above which its vsock packets are not linear.
+_HYBRID_BUFFER = 28 * 1024
 _ACCOUNT = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _PATH = re.compile(r"/[A-Za-z0-9_./+-]*")
 
@@ -157,7 +160,7 @@ RemoveOnStop=yes
 
 
 def _render_vm(vm: VmConfig, context: UnitContext) -> str:
-    daemons = "vmsilod.socket vmsilo-relayd.socket vmsilod.service vmsilo-relayd.service"
+    daemons = f"vmsilod.socket vmsilo-relayd.socket vmsilod.service vmsilo-relayd.service {DAEMONS_TARGET}"
     needed = " ".join(vm_unit(name) for name in vm.depends_on)
     wants = f"# depends_on\nWants={needed}\nAfter={needed}\n" if needed else ""
     return f"""{_render_header(vm)}
@@ -167,10 +170,10 @@ Description=vmsilo VM {vm.name}
 # makes it exist.
 Requires={socket_unit(vm.name)}
 After={socket_unit(vm.name)}
-# After= also means: at shutdown the VM stops first, while the daemons can still ask the guest to.
-# Wants=, not Requires=: the VM outlives a stop or crash of either daemon.
+# Wants=, not Requires=: the VM outlives a stop or crash of either daemon. The target comes after the
+# daemons, so that at shutdown the VM stops first, while they can still ask the guest to.
 Wants={daemons}
-After={daemons}
+After=vmsilod.socket vmsilo-relayd.socket {DAEMONS_TARGET}
 {wants}# A person asks for starts, each by a command; a limit would only turn the next command away.
 StartLimitIntervalSec=0
 
@@ -185,7 +188,8 @@ def _render_debug(vm: VmConfig, context: UnitContext) -> str:
 Description=vmsilo VM {vm.name} with its console on the terminal of vm-start-debug
 # The same VM cannot run twice, and no command may start it while somebody looks at its boot.
 Conflicts={vm_unit(vm.name)} {socket_unit(vm.name)}
-After={vm_unit(vm.name)} {socket_unit(vm.name)} vmsilod.service vmsilo-relayd.service
+Wants={DAEMONS_TARGET}
+After={vm_unit(vm.name)} {socket_unit(vm.name)} {DAEMONS_TARGET}
 CollectMode=inactive-or-failed
 StartLimitIntervalSec=0
 
@@ -260,7 +264,10 @@ StartLimitIntervalSec=0
 
 [Service]
 Type=exec
-ExecStart={program} --guest-cid {context.hybrid_cid} --socket {directory}/vhost --uds-path {directory}/vsock
+# The device (0.3.0 and before) loses each packet that comes in several parts, as newer guest kernels send
+# those above 32 KiB, and the connection hangs. A smaller buffer keeps packets small.
+ExecStart={program} --guest-cid {context.hybrid_cid} --tx-buffer-size {_HYBRID_BUFFER} \\
+    --socket {directory}/vhost --uds-path {directory}/vsock
 Slice=vmsilo.slice
 
 # The VM's own user: the VMM connects to `vhost`, and nobody else may.

@@ -87,7 +87,7 @@ class Publication:
         """The guest's state in `systemctl status` of the VM's unit: NotifyAccess=main, so in the VMM's
         name.
         """
-        text = f"guest {'ready' if vm.ready else 'boots'}" + (f": {vm.status}" if vm.status else "")
+        text = "guest ready" if vm.ready else f"guest not ready: {vm.status or 'no word from it yet'}"
         if vm.unit.active != "active" or not vm.unit.main_pid or self._shown.get(vm.name) == text:
             return
         self._shown[vm.name] = text

@@ -166,13 +166,14 @@ class Systemd:
         try:
             (job,) = await self._call(method, GLib.Variant("(ss)", (unit, "replace")))
             if job in self._early:
-                return self._early.pop(job)
-            self._jobs[job] = Future()
+                return self._early[job]
+            # Two callers who want the same of one unit at the same time are given the same job.
+            future = self._jobs.setdefault(job, Future())
         finally:
             self._starting -= 1
             if not self._starting:
                 self._early.clear()
-        return await loop.wait_for(self._jobs[job])
+        return await loop.wait_for(future)
 
     async def _call(self, method: str, args: Any) -> tuple[Any, ...]:
         try:

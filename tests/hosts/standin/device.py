@@ -37,11 +37,7 @@ def copy(source: socket.socket, target: socket.socket) -> None:
 
 
 def serve(host: socket.socket, folder: int) -> None:
-    with (
-        contextlib.suppress(BrokenPipeError, ConnectionResetError),
-        host,
-        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as agent,
-    ):
+    with host, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as agent, contextlib.suppress(OSError):
         line = b""
         while not line.endswith(b"\n"):
             byte = host.recv(1)
@@ -50,10 +46,8 @@ def serve(host: socket.socket, folder: int) -> None:
             line += byte
         if line != b"CONNECT 700\n":
             return
-        try:
-            agent.connect(f"/proc/self/fd/{folder}/agent")
-        except OSError:
-            return  # the guest has no agent, or not yet: the host finds its connection closed
+        # Where the guest has no agent, or not yet, the host finds its connection closed.
+        agent.connect(f"/proc/self/fd/{folder}/agent")
         host.sendall(b"OK %d\n" % next(ports))
         back = threading.Thread(target=copy, args=(agent, host))
         back.start()

@@ -1,0 +1,67 @@
+"""The control socket's gate: who is a launcher, and what a launcher may ask."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+from vmsilod.control import Peer, find_unit, parse_request
+from vmsilod.errors import BadRequest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PEER = Peer(1, 61234, 61234, "banking", "vmsilo-banking-vm.service")
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "found"),
+    [
+        ("0::/vmsilo.slice/vmsilo-banking-vm.service\n", ("banking", "vmsilo-banking-vm.service")),
+        ("0::/vmsilo.slice/vmsilo-a-b-debug.service/sub\n", ("a-b", "vmsilo-a-b-debug.service")),
+        (
+            "5:devices:/\n1:name=systemd:/vmsilo.slice/vmsilo-x-vm.service\n0::/\n",
+            ("x", "vmsilo-x-vm.service"),
+        ),
+        # A controller's hierarchy, where an unprivileged process may have been put anywhere, does not count.
+        ("5:devices:/vmsilo-banking-vm.service\n0::/user.slice\n", None),
+        ("0::/user.slice/user-1000.slice/session-2.scope\n", None),
+        ("0::/vmsilo.slice/vmsilo-banking-vsock.service\n", None),
+        ("0::/vmsilo.slice/vmsilo-Banking-vm.service\n", None),
+        ("0::/x-vmsilo-banking-vm.service\n", None),
+    ],
+)
+def test_a_process_is_known_by_its_unit(tmp_path: Path, cgroup: str, found: tuple[str, str] | None) -> None:
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "cgroup").write_text(cgroup)
+    assert find_unit(7, tmp_path) == found
+
+
+def test_a_process_that_is_gone_is_nobody(tmp_path: Path) -> None:
+    assert find_unit(7, tmp_path) is None
+    assert find_unit(os.getpid()) is None
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xff",
+        b"[]",
+        b"{}",
+        b'{"op": "prepare"}',
+        b'{"op": "prepare", "name": "work"}',
+        b'{"op": "release", "name": "banking"}',
+        b'{"op": "prepare", "name": "banking", "invocation": "../../x"}',
+        b'{"op": ["prepare"], "name": "banking"}',
+    ],
+)
+def test_everything_but_its_own_request_is_refused(data: bytes) -> None:
+    with pytest.raises(BadRequest):
+        parse_request(data, PEER)
+
+
+def test_its_own_request_is_taken() -> None:
+    request = parse_request(b'{"op": "prepare", "name": "banking", "invocation": "0a1b"}', PEER)
+    assert request == {"op": "prepare", "invocation": "0a1b"}

@@ -1,0 +1,130 @@
+"""Leases: records, run-time directories, CIDs, boot files, the initrd with the secret."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import stat
+from typing import TYPE_CHECKING
+
+import pytest
+from vmsilod.errors import StartFailed
+from vmsilod.resources import image, record, rundir, vsock
+from vmsilod.resources.image import BootChoice
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SECRET = "ab" * 32
+RECORD = record.Record(
+    "banking", "vmsilo-banking-vm.service", "a1", "qemu", 61234, 3, hybrid=True, config="{}"
+)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    for version in ("one", "two"):
+        directory = tmp_path / "default" / version
+        directory.mkdir(parents=True)
+        for name in ("vmlinuz", "initrd", "root.erofs", "manifest.json"):
+            (directory / name).write_text("{}" if name == "manifest.json" else f"{version} {name}")
+    (tmp_path / "default" / "current").symlink_to("one")
+    return tmp_path
+
+
+def test_records_survive_and_half_written_ones_do_not_count(tmp_path: Path) -> None:
+    record.save_record(RECORD, tmp_path)
+    assert stat.S_IMODE((tmp_path / "banking.json").stat().st_mode) == 0o600
+    (tmp_path / "work.new").write_text('{"name": ')
+    (tmp_path / "old.json").write_text('{"name": "old", "unknown": 1}')
+    assert record.load_records(tmp_path) == {"banking": RECORD}
+    assert not (tmp_path / "old.json").exists()
+    record.forget_record("banking", tmp_path)
+    record.forget_record("banking", tmp_path)
+    assert record.load_records(tmp_path) == {}
+
+
+def test_cids_only_grow(tmp_path: Path) -> None:
+    counter = tmp_path / "state" / "next-cid"
+    first = [vsock.next_cid(counter) for _ in range(3)]
+    assert first == [vsock.FIRST_CID, vsock.FIRST_CID + 1, vsock.FIRST_CID + 2]
+    counter.write_text("garbage")
+    assert vsock.next_cid(counter) == vsock.FIRST_CID
+
+
+def test_a_rundir_is_fresh_and_goes_without_following_links(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("kept")
+    root = tmp_path / "vm"
+    path = rundir.create_rundir("banking", root)
+    shared = rundir.create_vsock_dir(path, os.getuid(), os.getgid())
+    assert stat.S_IMODE(path.stat().st_mode) == 0o711
+    assert stat.S_IMODE(shared.stat().st_mode) == 0o770
+    (shared / "link").symlink_to(precious)
+    rundir.create_rundir("banking", root)
+    assert list((root / "banking").iterdir()) == []
+    rundir.remove_rundir("banking", root)
+    assert not (root / "banking").exists()
+    assert (precious / "file").read_text() == "kept"
+
+
+def test_a_listener_has_its_mode_from_the_start(tmp_path: Path) -> None:
+    fd = rundir.bind_listener(tmp_path / "monitor.sock", socket.SOCK_SEQPACKET, 0o600)
+    with (
+        socket.socket(fileno=fd) as listener,
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client,
+    ):
+        assert stat.S_IMODE((tmp_path / "monitor.sock").stat().st_mode) == 0o600
+        client.connect(str(tmp_path / "monitor.sock"))
+        listener.accept()[0].close()
+
+
+def test_all_boot_files_are_of_one_version(images: Path) -> None:
+    files = image.find_boot_files(BootChoice("default"), images)
+    link = images / "default" / "current"
+    link.unlink()
+    link.symlink_to("two")
+    assert {path.read_text().split()[0] for path in (files.kernel, files.root)} == {"one"}
+    assert image.find_boot_files(BootChoice("default"), images).version == "two"
+
+
+def test_a_missing_image_says_how_to_build_it(images: Path) -> None:
+    with pytest.raises(StartFailed) as caught:
+        image.find_boot_files(BootChoice("work"), images)
+    assert "vmsilo image build work" in caught.value.hint
+
+
+def test_own_files_replace_those_of_the_image(images: Path, tmp_path: Path) -> None:
+    files = image.find_boot_files(BootChoice("default", kernel="/boot/own"), images)
+    assert (str(files.kernel), files.initrd) == ("/boot/own", None)
+    nothing = image.find_boot_files(BootChoice("gone", kernel="/k", root_disk="/d"), tmp_path / "none")
+    assert (nothing.root_format, nothing.version) == ("raw", "custom")
+
+
+def test_the_secret_is_behind_the_initrd_and_sealed(images: Path) -> None:
+    (images / "odd").write_bytes(b"x" * 13)
+    fd = image.make_initrd(images / "odd", SECRET)
+    try:
+        data = os.pread(fd, 1 << 20, 0)
+        assert data.startswith(b"x" * 13 + b"\0" * 3 + b"070701")
+        assert data.count(SECRET.encode()) == 1
+        assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE
+        with pytest.raises(PermissionError):
+            os.write(fd, b"changed")
+    finally:
+        os.close(fd)
+
+
+def test_only_files_and_block_devices_are_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path, tmp_path / "fifo", tmp_path / "none"):
+        with pytest.raises(StartFailed):
+            image.open_file(path)
+
+
+def test_records_are_plain_json(tmp_path: Path) -> None:
+    record.save_record(RECORD, tmp_path)
+    assert json.loads((tmp_path / "banking.json").read_text())["cid"] == 3

@@ -82,6 +82,8 @@ install: ## install below PREFIX (root); README says what to do then
 		sed -e 's|@libdir@|$(LIBDIR)|g' -e 's|@docdir@|$(DOCDIR)|g' systemd/$$unit.in > $(DESTDIR)$(UNITDIR)/$$unit; done
 	install -m 644 systemd/vmsilod.socket systemd/vmsilo-relayd.socket systemd/vmsilo.slice systemd/vmsilo-vms.target \
 		systemd/vmsilo-daemons.target $(DESTDIR)$(UNITDIR)/
+	if [ "$$(systemctl --version | sed -n '1s/^systemd \([0-9]*\).*/\1/p')" -ge 254 ]; then \
+		install -D -m 644 systemd/vmsilo-relayd-preserve.conf $(DESTDIR)$(UNITDIR)/vmsilo-relayd.service.d/preserve.conf; fi
 	install -m 644 systemd/vmsilo.sysusers.conf $(DESTDIR)/usr/lib/sysusers.d/vmsilo.conf
 	install -m 644 systemd/vmsilo.tmpfiles.conf $(DESTDIR)/usr/lib/tmpfiles.d/vmsilo.conf
 	install -m 644 systemd/org.vmsilo1.conf $(DESTDIR)/usr/share/dbus-1/system.d/
@@ -98,13 +100,17 @@ install: ## install below PREFIX (root); README says what to do then
 	@echo "installed; next: write /etc/vmsilo/vmsilo.toml and a VM below /etc/vmsilo/vms.d (examples: $(DOCDIR)/docs/examples)"
 
 uninstall: ## remove what install put there; configuration and images stay
-	[ ! -d /run/systemd/system ] || systemctl disable --now vmsilod.service vmsilod.socket vmsilo-relayd.socket || true
+	[ ! -d /run/systemd/system ] || { systemctl stop 'vmsilo-*-vm.service' 'vmsilo-*-debug.service'; \
+		systemctl disable --now vmsilod.socket vmsilo-relayd.socket vmsilod.service vmsilo-relayd.service; \
+		systemctl stop 'vmsilo-*.socket' vmsilo-vms.target vmsilo-daemons.target; \
+		rm -rf /run/systemd/system/vmsilo-* /run/vmsilo /run/vmsilo-relay; } || true
 	rm -rf $(DESTDIR)$(LIBDIR) $(DESTDIR)$(DOCDIR)
 	for name in vm-run vm-start vm-stop vm-start-debug vmsilo; do rm -f $(DESTDIR)$(PREFIX)/bin/$$name \
 		$(DESTDIR)/usr/share/bash-completion/completions/$$name; done
 	for unit in vmsilod.service vmsilo-relayd.service vmsilod.socket vmsilo-relayd.socket vmsilo.slice vmsilo-vms.target \
 		vmsilo-daemons.target; do \
 		rm -f $(DESTDIR)$(UNITDIR)/$$unit; done
+	rm -rf $(DESTDIR)$(UNITDIR)/vmsilo-relayd.service.d
 	rm -f $(DESTDIR)/usr/lib/sysusers.d/vmsilo.conf $(DESTDIR)/usr/lib/tmpfiles.d/vmsilo.conf \
 		$(DESTDIR)/usr/share/dbus-1/system.d/org.vmsilo1.conf \
 		$(DESTDIR)/usr/share/dbus-1/system-services/org.vmsilo1.service \

@@ -10,9 +10,10 @@ import os
 import select
 import struct
 import termios
+import time
 
-from vmsilo.bus import Bus, check_known, describe_end, is_interactive
-from vmsilo.errors import ClientError, UsageError, write_stderr
+from vmsilo.bus import Bus, check_known, is_interactive
+from vmsilo.errors import ClientError, UsageError, printable, write_stderr
 from vmsilo.names import check_name
 from vmsilo.options import parse_escapes, parse_options
 from vmsilo.outputs import Output, OutputClosedError
@@ -30,6 +31,8 @@ else:
 PROGRAM = "vm-start-debug"
 LEAVE_KEY = b"\x1d"  # Ctrl-]
 START_WAIT = 300
+END_WAIT = 15  # seconds for vmsilod to give back what the VM held
+ENDED = ("stopped", "failed", "broken")
 READ_SIZE = 16384
 PENDING_MAX = 256 * 1024
 SIGNALS = (
@@ -66,19 +69,19 @@ def main(argv: list[str], place: Place) -> int:
             console.close()
         if left:
             bus.call("Kill", "s", (name,), wait=START_WAIT)
-        return _say_end(bus, name, unit, left=left)
+        return _say_end(name, unit, console.await_end(), left=left)
     finally:
         bus.close()
 
 
-def _say_end(bus: Bus, name: str, unit: str, *, left: bool) -> int:
+def _say_end(name: str, unit: str, end: tuple[str, str], *, left: bool) -> int:
     if left:
         write_stderr(f"{PROGRAM}: VM '{name}' was ended\n")
         return 0
-    vm = bus.find_vm(name) or {}
-    if vm.get("State") in ("failed", "broken"):
-        raise ClientError(f"VM '{name}' failed: {describe_end(vm)}", f"journalctl -b -u {unit}")
-    write_stderr(f"{PROGRAM}: VM '{name}' has ended ({vm.get('LastResult') or 'success'})\n")
+    state, reason = end
+    if state in ("failed", "broken"):
+        raise ClientError(f"VM '{name}' failed: {reason or state}", f"journalctl -b -u {unit}")
+    write_stderr(f"{PROGRAM}: VM '{name}' has ended ({reason or 'success'})\n")
     return 0
 
 
@@ -92,6 +95,7 @@ class Console:
         os.set_blocking(self._master, False)
         self._resize()
         self._stdin_open = True
+        self._end: tuple[str, str] | None = None
         self._typed = b""
         self._signals = SignalPipe(SIGNALS)
         self._raw = RawTerminal(0) if os.isatty(0) else None
@@ -123,12 +127,24 @@ class Console:
             if self._signals.fd in ready and self._serve_signals():
                 return True
             if self._bus.fileno() in ready:
-                ended = ended or any(
-                    name == self._name and state in ("stopped", "failed", "broken")
-                    for name, state, _reason in self._bus.read_states()
-                )
+                ended = self._has_ended()
             if ended and self._master not in ready and not self._output.pending:
                 return self._finish()
+
+    def await_end(self) -> tuple[str, str]:
+        """(state, reason) with which the VM ended: its console may be gone before vmsilod has said so."""
+        deadline = time.monotonic() + END_WAIT
+        poll = select.poll()
+        poll.register(self._bus.fileno(), select.POLLIN)
+        while not self._has_ended() and time.monotonic() < deadline:
+            poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
+        return self._end or ("unknown", "vmsilod does not say how")
+
+    def _has_ended(self) -> bool:
+        for name, state, reason in self._bus.read_states():
+            if self._end is None and name == self._name and state in ENDED:
+                self._end = (state, printable(reason))
+        return self._end is not None
 
     def close(self) -> None:
         if self._raw is not None:

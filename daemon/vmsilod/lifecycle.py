@@ -222,8 +222,9 @@ class Lifecycle:
             vm.last_result = explain(vm, vm.unit)
             debug, killed = vm.debug, vm.killing
             await self._runs.release(vm)
-            if killed and vm.unit.active == "failed":
+            if (killed or debug) and vm.unit.active == "failed":
                 await self._systemd.reset_failed(vm.debug_service if debug else vm.service)
+            if killed:
                 vm.unit = INACTIVE
             if debug:
                 await self._restore_socket(vm)

@@ -64,6 +64,8 @@ class Ground:
 
     def journal_json(self, unit: str, since: float) -> list[dict[str, Any]]:
         """Entries of a unit from `since` on, a moment of the monotonic clock in seconds."""
-        lines = self.host.run(["journalctl", "-q", "-o", "json", "-n", "200", "-u", unit]).stdout.splitlines()
+        lines = self.host.run(
+            ["journalctl", "-q", "-o", "json", "-n", "200", "-u", unit]
+        ).stdout.splitlines()
         entries = [json.loads(line) for line in lines]
         return [entry for entry in entries if int(entry["__MONOTONIC_TIMESTAMP"]) >= since * 1e6]

@@ -18,8 +18,8 @@ def describe_machine(ground: Ground) -> str:
     python = ground.host.run(["python3", "--version"]).stdout.strip()
     systemd = ground.host.run("systemctl --version | head -n 1").stdout.strip()
     return (
-        f"{os.cpu_count()} CPUs {model}, {memory:.0f} GiB, kernel {platform.release()}; in the container host "
-        f"{systemd}, {python}, {vmm}"
+        f"{os.cpu_count()} CPUs {model}, {memory:.0f} GiB, kernel {platform.release()}; "
+        f"in the container host {systemd}, {python}, {vmm}"
     )
 
 

@@ -1,4 +1,4 @@
-"""The tables that a run prints: what was measured, its floor, how they compare, and whether the aim is met."""
+"""The tables that a run prints: measured, floor, how they compare, and whether the aim is met."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 REPO = Path(__file__).resolve().parents[2]
 CACHE = REPO / ".cache"
-HOST_SUITE = "trixie"
+HOST_SUITE = os.environ.get("VMSILO_TEST_SUITE", "trixie")
 HOST_PACKAGES = [
     "systemd",
     "systemd-sysv",
@@ -147,6 +147,17 @@ def run_logged(argv: list[str], log: Path, *, env: dict[str, str] | None = None)
         raise SystemExit(f"{argv[0]} failed with {done.returncode}; its whole output is in {log}")
 
 
+def run_shown(argv: list[str]) -> None:
+    """Run a build step and show what it says, but for systemd-nspawn's complaint about a folder."""
+    with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "Attempted to remove disk file system" not in line:
+                print(line, end="", file=sys.stderr, flush=True)
+    if process.returncode:
+        raise SystemExit(f"{argv[-4:]} failed with {process.returncode}")
+
+
 def make_base() -> Path:
     """Debian with all packages; no vmsilo yet. About 800 MB."""
     target = CACHE / "hosts" / f"base-{digest(HOST_SUITE, DEVICE_SUITE, DEVICE_PACKAGE, *HOST_PACKAGES)}"
@@ -254,10 +265,8 @@ def make_images(base: Path, installed: Path) -> Path:
                 with mounted(
                     [installed / "upper", base / "root"], scratch / "upper", scratch / "work"
                 ) as merged:
-                    argv = nspawn(
-                        merged, f"--bind={partial}:/var/lib/vmsilo/images", "vmsilo", "image", "build"
-                    )
-                    subprocess.run([*argv, "default"], check=True, stdin=subprocess.DEVNULL)
+                    bind = f"--bind={partial}:/var/lib/vmsilo/images"
+                    run_shown(nspawn(merged, bind, "vmsilo", "image", "build", "default"))
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     drop_older(target)

@@ -190,7 +190,6 @@ Description=vmsilo VM {vm.name} with its console on the terminal of vm-start-deb
 Conflicts={vm_unit(vm.name)} {socket_unit(vm.name)}
 Wants={DAEMONS_TARGET}
 After={vm_unit(vm.name)} {socket_unit(vm.name)} {DAEMONS_TARGET}
-CollectMode=inactive-or-failed
 StartLimitIntervalSec=0
 
 [Service]

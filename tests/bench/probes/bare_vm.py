@@ -1,8 +1,9 @@
 """The floor of a cold start: the VMM as vmsilo starts it, without vmsilo, and `true` run by its agent.
 
-argv[1]: {"argv": the VMM's, "fds": {its number: ours}, "monitor": its number, "device": vhost-device-vsock's
-argv, "directory": for the sockets, "secret": HEX, "wire": folder of vmsilo_wire, "seconds": MOST}. Prints the
-seconds from the beginning until the VMM was started, the guest was ready, and `true` had ended.
+argv[1]: {"argv": the VMM's, "fds": {its number: ours}, "monitor": its number, "device": argv of
+vhost-device-vsock, "directory": for the sockets, "secret": HEX, "wire": folder of vmsilo_wire, "seconds":
+MOST}. Prints the seconds from the beginning until the VMM was started, the guest was ready, and `true` had
+ended.
 """
 
 import contextlib

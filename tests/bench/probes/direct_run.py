@@ -16,6 +16,6 @@ from vmsilo_wire.payload import Spawn, encode_hello, encode_spawn  # noqa: E402
 sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
 sock.connect(where)
 sock.sendall(encode_hello("user", secret))
-sock.setblocking(False)
+sock.settimeout(0)
 wish = Wish(pty=False, detach=False, escapes=True)
 os._exit(run_session(sock.detach(), encode_spawn(Spawn(tuple(command))), wish))

@@ -1,0 +1,210 @@
+"""Section 3: bytes through vm-run, against a bare copy over the same kind of socket, both in turn.
+
+With the guest, where an emulated CPU is the limit; and without it, the real agent and the real client's
+session over a Unix socket, where the host's CPUs are.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import threading
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from hosts import layers
+
+from bench.ground import LIBDIR, PROBES, PYTHON, SCRATCH, VM
+from bench.report import Row, median, print_section
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from bench.ground import Ground
+
+ROUNDS = 3
+AIM = 0.9
+SECONDS = 6.0  # of one transfer
+MOST = 1 << 30
+STEP = 4 << 20
+BLOCK = 256 * 1024
+PORT = 5100
+TRANSFER_SECONDS = 120
+SECRET = "0123456789abcdef" * 4
+MODES = {
+    "guest to host": ("send", "vm-run {vm} head -c {size} /dev/zero >/dev/null"),
+    "host to guest": ("receive", "head -c {size} /dev/zero | vm-run {vm} sh -c 'cat >/dev/null'"),
+    "there and back": ("echo", "head -c {size} /dev/zero | vm-run {vm} cat >/dev/null"),
+}
+DIRECT = {
+    "out": ("{run} head -c {size} /dev/zero >/dev/null", "{copy} bare {size}"),
+    "in": ("head -c {size} /dev/zero | {run} sh -c 'cat >/dev/null'", "{copy} bare {size}"),
+}
+PIPES = "head -c {size} /dev/zero | {copy} pipes >/dev/null"
+
+
+def measure(ground: Ground) -> None:
+    ground.start_vm()
+    notes = [f"A warm start is part of each transfer. Each is the median of {ROUNDS}, in turn."]
+    rows = [row for mode in MODES for row in measure_guest(ground, mode)]
+    with agent(ground):
+        rows += [row for way in DIRECT for row in measure_direct(ground, way)]
+    print_section("3. Throughput", rows, notes)
+
+
+def measure_guest(ground: Ground, mode: str) -> list[Row]:
+    copy_mode, line = MODES[mode]
+
+    def ours(size: int) -> float:
+        return run_line(ground, line.format(vm=VM, size=size))
+
+    def bare(size: int) -> float:
+        return copy_bare(ground, copy_mode, size)
+
+    size = find_size(ours, 8 << 20)
+    mine, floor = alternate(size, ours, bare)
+    ratio = floor / mine
+    return [
+        Row(
+            f"{mode}, {size >> 20} MiB through `vm-run`; floor: bare vsock",
+            as_rate(size, mine),
+            as_rate(size, floor),
+            f"x {ratio:.2f}",
+            f"x {AIM}",
+            ratio >= AIM,
+        )
+    ]
+
+
+def measure_direct(ground: Ground, way: str) -> list[Row]:
+    line, bare_line = DIRECT[way]
+    python = " ".join(PYTHON)
+    words = {
+        "run": f"{python} {SCRATCH}/direct_run.py {LIBDIR} {SCRATCH}/agent.sock {SECRET}",
+        "copy": f"{python} {SCRATCH}/socket_copy.py",
+    }
+
+    def timer(text: str) -> Callable[[int], float]:
+        return lambda size: run_line(ground, text.format(size=size, **words))
+
+    size = find_size(timer(line), 256 << 20, MOST * 4)
+    mine, floor, pipes = alternate(size, timer(line), timer(bare_line), timer(PIPES))
+    what = f"agent and client without a VM, {way}, {size >> 20} MiB"
+    return [
+        Row(
+            f"{what}; floor: bare Unix socket",
+            as_rate(size, mine),
+            as_rate(size, floor),
+            f"x {floor / mine:.2f}",
+            f"x {AIM}",
+            floor / mine >= AIM,
+        ),
+        Row(
+            f"{what}; floor: two bare copiers with the same pipes",
+            as_rate(size, mine),
+            as_rate(size, pipes),
+            f"x {pipes / mine:.2f}",
+            f"x {AIM}",
+            pipes / mine >= AIM,
+        ),
+    ]
+
+
+def alternate(size: int, *ways: Callable[[int], float]) -> list[float]:
+    """The median seconds of each way."""
+    found: list[list[float]] = [[] for _ in ways]
+    for _ in range(ROUNDS):
+        for times, way in zip(found, ways, strict=True):
+            times.append(way(size))
+    return [median(times) for times in found]
+
+
+def find_size(transfer: Callable[[int], float], trial: int, most: int = MOST) -> int:
+    """What takes about SECONDS, by a trial."""
+    size = int(trial / transfer(trial) * SECONDS)
+    return max(STEP, min(most, size // STEP * STEP))
+
+
+def as_rate(size: int, seconds: float) -> str:
+    return f"{size / seconds / 1e6:.0f} MB/s"
+
+
+def run_line(ground: Ground, line: str) -> float:
+    ((found,),) = ground.spawn_times(["sh", "-c", line], seconds=TRANSFER_SECONDS)
+    return found[1]
+
+
+def copy_bare(ground: Ground, mode: str, size: int) -> float:
+    """Seconds from the guest's connection until all bytes are where they belong."""
+    path = ground.reach(f"/run/vmsilo/vm/{VM}/vsock/vsock_{PORT}")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(path))
+        try:
+            path.chmod(0o777)  # the device has the VM's uid
+            listener.listen(1)
+            listener.settimeout(TRANSFER_SECONDS)
+            source = (PROBES / "guest_copy.py").read_text()
+            words = ["vm-run", VM, "python3", "-I", "-S", "-c", source, mode, str(PORT), str(size)]
+            program = ground.host.popen(
+                words, user=layers.USER, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+            )
+            try:
+                guest = listener.accept()[0]
+                with guest:
+                    seconds = time_copy(guest, mode, size)
+                if program.wait(TRANSFER_SECONDS):
+                    raise RuntimeError(f"the guest's copy failed with status {program.returncode}")
+            finally:
+                program.kill()
+                program.wait()
+        finally:
+            path.unlink()
+    return seconds
+
+
+def time_copy(guest: socket.socket, mode: str, size: int) -> float:
+    guest.settimeout(TRANSFER_SECONDS)
+    begin = time.monotonic()
+    if mode == "send":
+        receive(guest, size)
+    elif mode == "receive":
+        send(guest, size)
+        receive(guest, 1)
+    else:
+        sender = threading.Thread(target=send, args=(guest, size), daemon=True)
+        sender.start()
+        receive(guest, size)
+        sender.join()
+    return time.monotonic() - begin
+
+
+def send(guest: socket.socket, left: int) -> None:
+    block = memoryview(bytearray(BLOCK))
+    while left:
+        left -= guest.send(block[:left])
+
+
+def receive(guest: socket.socket, left: int) -> None:
+    block = memoryview(bytearray(BLOCK))
+    while left:
+        count = guest.recv_into(block[: min(left, BLOCK)])
+        if not count:
+            raise ConnectionError("the guest closed")
+        left -= count
+
+
+@contextmanager
+def agent(ground: Ground) -> Iterator[None]:
+    """The real agent as a service of the container, on a Unix socket."""
+    host = ground.host
+    host.write(f"{SCRATCH}/secret", SECRET)
+    unit = f"bench-agent-{os.getpid()}"
+    options = f"--listen unix:{SCRATCH}/agent.sock --secret-file {SCRATCH}/secret --announce none"
+    start = f"systemd-run -q --unit={unit} -p Type=notify -p Delegate=yes -p UMask=0000"
+    host.run(f"{start} {LIBDIR}/guest/vmsilo_agent/vmsilo-agent {options} --user {layers.USER}")
+    try:
+        yield
+    finally:
+        host.run(f"systemctl stop {unit}; rm -f {SCRATCH}/agent.sock", check=False)

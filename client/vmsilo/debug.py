@@ -69,16 +69,14 @@ def main(argv: list[str], place: Place) -> int:
             console.close()
         if left:
             bus.call("Kill", "s", (name,), wait=START_WAIT)
-        return _say_end(name, unit, console.await_end(), left=left)
+            write_stderr(f"{PROGRAM}: VM '{name}' was ended\n")
+            return 0
+        return _say_end(name, unit, *console.await_end())
     finally:
         bus.close()
 
 
-def _say_end(name: str, unit: str, end: tuple[str, str], *, left: bool) -> int:
-    if left:
-        write_stderr(f"{PROGRAM}: VM '{name}' was ended\n")
-        return 0
-    state, reason = end
+def _say_end(name: str, unit: str, state: str, reason: str) -> int:
     if state in ("failed", "broken"):
         raise ClientError(f"VM '{name}' failed: {reason or state}", f"journalctl -b -u {unit}")
     write_stderr(f"{PROGRAM}: VM '{name}' has ended ({reason or 'success'})\n")

@@ -50,8 +50,7 @@ def main(argv: list[str]) -> int:
 
 
 def start(name: str) -> None:
-    request = {"op": "prepare", "name": name, "invocation": os.environ.get("INVOCATION_ID", "")}
-    reply, fds = ask(request, find_command_socket())
+    reply, fds = ask({"op": "prepare", "name": name}, find_command_socket())
     stdio = reply.get("stdio")
     place(fds, stdio)
     argv, env = reply["argv"], reply["env"]

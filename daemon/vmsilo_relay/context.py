@@ -18,6 +18,7 @@ class Limits:
     poweroff_dial_seconds = 2.0  # an agent that is gone must not cost the guest the time for its shutdown
     message_seconds = 2.0  # a guest's message after it connected
     publish_seconds = 0.1  # at most one status change per VM in this time
+    settle_seconds = 0.02  # at most one change between ready and not ready per VM in this time
     pause_seconds = 0.2  # a listener rests when descriptors ran out
     clients_per_vm = 512
     accepts_per_wakeup = 64

@@ -24,7 +24,7 @@ from vmsilo_relay.record import (
     load_records,
     save_record,
 )
-from vmsilo_relay.vm import Vm
+from vmsilo_relay.vm import SAVE, Vm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -188,6 +188,8 @@ class Relay:
             save_record(self._directory, vm.record)
         except OSError as error:
             self._context.journal.log(ERROR, vm.name, f"can't write the state file, ignoring: {error}")
+        if event == SAVE:
+            return
         record = vm.record
         text: dict[str, object] = {
             "event": event,

@@ -25,8 +25,11 @@ if TYPE_CHECKING:
     Announce = Callable[["Vm", str], None]
 
 
+SAVE = "save"
+
+
 class Vm:
-    """`announce(vm, event)` is called for "agent", "ready", "down" and "status"."""
+    """`announce(vm, event)` is called for "agent", "ready", "down", "status", and SAVE, which only saves."""
 
     def __init__(self, context: Context, record: Record, announce: Announce) -> None:
         self._context = context
@@ -36,6 +39,8 @@ class Vm:
         self.listeners: list[Listener] = []
         self._publishing: Timer | None = None
         self._published = record.status
+        self._settling: Timer | None = None
+        self._announced = (record.agent, record.agent and record.ready)
 
     @property
     def name(self) -> str:
@@ -51,32 +56,47 @@ class Vm:
 
     def hear(self, message: Message) -> None:
         """Take in what the guest said; waiting clients go on when this makes it ready."""
-        record, was_ready = self.record, self.ready
+        record = self.record
+        before = (record.agent, record.ready)
         if message.status is not None:
             record.status = message.status
-        was_there = record.agent
         if message.agent is not None:
             record.agent = message.agent
-        if record.agent and not was_there:
-            self._announce(self, "agent")
         if message.ready is not None:
             record.ready = message.ready
-        if was_ready and not self.ready:
-            # It shuts down or reboots: a connection to it would be lost, and can wedge a hybrid device.
-            self._context.journal.log(INFO, self.name, "not ready any more")
-            self._announce(self, "down")
-        if self.ready and not was_ready:
-            self._context.journal.log(INFO, self.name, "ready")
-            self._announce(self, "ready")
-            self._tell_clients()
+        if (record.agent, record.ready) != before:
+            self._announce(self, SAVE)
+        if self._settling is None:
+            self._announce_changes()
         if record.status != self._published and self._publishing is None:
             loop, limits = self._context.loop, self._context.limits
             self._publishing = loop.after(limits.publish_seconds, self._publish, self._fail)
 
+    def _announce_changes(self) -> None:
+        """At once, but not again within settle_seconds: a guest may change its mind without end."""
+        self._settling = None
+        agent, ready = self._announced
+        self._announced = now = (self.record.agent, self.ready)
+        if now == (agent, ready):
+            return
+        if self.record.agent and not agent:
+            self._announce(self, "agent")
+        if self.ready and not ready:
+            self._context.journal.log(INFO, self.name, "ready")
+            self._announce(self, "ready")
+            self._tell_clients()
+        elif (agent and not self.record.agent) or (ready and not self.ready):
+            # It shuts down or reboots: a connection to it would be lost, and can wedge a hybrid device.
+            self._context.journal.log(INFO, self.name, "not ready any more")
+            self._announce(self, "down")
+        loop, limits = self._context.loop, self._context.limits
+        self._settling = loop.after(limits.settle_seconds, self._announce_changes, self._fail)
+
     def close(self, code: str, message: str) -> None:
         """Close the listeners and refuse everyone who waits."""
-        if self._publishing is not None:
-            self._publishing.cancel()
+        for timer in (self._publishing, self._settling):
+            if timer is not None:
+                timer.cancel()
         self.close_listeners()
         for client in tuple(self.clients):
             client.refuse(code, message)

@@ -14,6 +14,7 @@ import os
 import re
 import socket
 import struct
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -31,7 +32,9 @@ log = logging.getLogger(__name__)
 
 MAX_REQUEST = 4096
 MAX_REQUEST_FDS = 4
-MAX_PEERS = 256
+MAX_PEERS_PER_VM = 4
+ACCEPTS_PER_TURN = 16  # anybody may connect: a flood gets its share of the loop and not more
+PAUSE_SECONDS = 0.5
 REQUEST_SECONDS = 10.0
 UCRED = struct.Struct("3i")  # pid, uid, gid: unix(7) SO_PEERCRED
 UNIT_PATTERN = re.compile(r"vmsilo-([a-z][a-z0-9-]{0,30})-(vm|debug)\.service")
@@ -60,7 +63,7 @@ class Prepared:
 
 
 class Handler(Protocol):
-    async def prepare(self, peer: Peer, invocation: str, fds: list[int]) -> Prepared: ...
+    async def prepare(self, peer: Peer, fds: list[int]) -> Prepared: ...
 
     async def shut_down(self, peer: Peer) -> dict[str, Any]: ...
 
@@ -96,26 +99,38 @@ class ControlServer:
     def __init__(self, listener: socket.socket, handler: Handler) -> None:
         self._listener = listener
         self._handler = handler
-        self._peers = 0
+        self._peers: Counter[str] = Counter()
         listener.settimeout(0)
-        self._watch = loop.watch_fd(listener.fileno(), self._accept)
+        self._watch = 0
+        self._resume()
 
     def close(self) -> None:
-        GLib.source_remove(self._watch)
+        if self._watch:
+            GLib.source_remove(self._watch)
         self._listener.close()
 
+    def _resume(self) -> None:
+        self._watch = loop.watch_fd(self._listener.fileno(), self._accept)
+
     def _accept(self) -> None:
-        while True:
+        for _ in range(ACCEPTS_PER_TURN):
             try:
                 sock, _ = self._listener.accept()
             except BlockingIOError:
                 return
+            except OSError as error:
+                # Out of descriptors, most likely: the listener stays readable, and the loop must not spin.
+                log.error("cannot accept a launcher, trying again soon: %s", error.strerror)
+                GLib.source_remove(self._watch)
+                self._watch = 0
+                loop.call_later(PAUSE_SECONDS, self._resume)
+                return
             peer = identify(sock)
-            if peer is None or self._peers >= MAX_PEERS:
+            if peer is None or self._peers[peer.name] >= MAX_PEERS_PER_VM:
                 sock.close()
                 continue
             sock.settimeout(0)
-            self._peers += 1
+            self._peers[peer.name] += 1
             loop.spawn(self._serve(sock, peer))
 
     async def _serve(self, sock: socket.socket, peer: Peer) -> None:
@@ -126,17 +141,18 @@ class ControlServer:
         except OSError as error:
             log.warning("launcher of %s went away: %s", peer.name, error.strerror)
         finally:
-            self._peers -= 1
+            self._peers[peer.name] -= 1
+            if not self._peers[peer.name]:
+                del self._peers[peer.name]
 
     async def _answer(self, sock: socket.socket, peer: Peer) -> None:
         data, fds, _, _ = socket.recv_fds(sock, MAX_REQUEST, MAX_REQUEST_FDS)
         prepared: Prepared | None = None
         try:
-            request = parse_request(data, peer)
-            if request["op"] == "stop":
+            if parse_operation(data, peer) == "stop":
                 reply = await self._handler.shut_down(peer)
             else:
-                prepared = await self._handler.prepare(peer, request["invocation"], fds)
+                prepared = await self._handler.prepare(peer, fds)
                 launch = prepared.launch
                 reply = {"argv": launch.argv, "env": dict(launch.env), "stdio": prepared.stdio}
         except VmsiloError as error:
@@ -153,17 +169,13 @@ class ControlServer:
                 os.close(fd)
 
 
-def parse_request(untrusted_data: bytes, peer: Peer) -> dict[str, str]:
+def parse_operation(untrusted_data: bytes, peer: Peer) -> str:
+    """ "prepare" or "stop", for the peer's own VM."""
     try:
         request = json.loads(untrusted_data)
-        op, name = request["op"], request["name"]
-        invocation = request.get("invocation", "")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        operation, name = request["op"], request["name"]
+    except (ValueError, KeyError, TypeError) as error:
         raise BadRequest("the launcher's request cannot be read") from error
-    if (
-        op not in ("prepare", "stop")
-        or name != peer.name
-        or not re.fullmatch(r"[0-9a-f]{0,64}", str(invocation))
-    ):
+    if operation not in ("prepare", "stop") or name != peer.name:
         raise BadRequest(f"unit {peer.unit} asked for something that is not its own")
-    return {"op": op, "invocation": str(invocation)}
+    return str(operation)

@@ -16,8 +16,8 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from vmsilod import loop
-from vmsilod.bus.views import Reloaded, VmRemoved
-from vmsilod.errors import ConfigBroken, NotRunning, StartFailed, Timeout, VmsiloError
+from vmsilod.bus.views import Reloaded, VmRemoved, printable
+from vmsilod.errors import ConfigBroken, Failed, NotRunning, StartFailed, Timeout, VmsiloError
 from vmsilod.spawning import send_frame, spawn_frame
 from vmsilod.systemd import INACTIVE
 from vmsilod.vm_view import view_of
@@ -78,9 +78,14 @@ class Lifecycle:
         if timeout is not None and started is not None:
             timeout = min(timeout, started.stop_timeout)  # the unit's TimeoutStopSec= is made for that one
             vm.stop_deadline = timeout
-        for unit in (vm.service, vm.debug_service) if vm.debug else (vm.service,):
-            await self._systemd.stop(unit)
-        await self._settle(vm)
+        try:
+            for unit in (vm.service, vm.debug_service) if vm.debug else (vm.service,):
+                result = await self._systemd.stop(unit)
+                if result != "done":
+                    raise Failed(f"the stop of {unit} was not carried out: systemd says '{result}'")
+            await self._settle(vm)
+        finally:
+            vm.stop_deadline = None
 
     async def kill(self, name: str) -> None:
         vm = self._registry.require(name)
@@ -88,13 +93,16 @@ class Lifecycle:
         if not (await self._systemd.state(unit)).is_up:
             return
         vm.killing = True
-        stopped = loop.spawn(self._systemd.stop(unit))
         try:
-            await self._systemd.kill(unit, signal.SIGKILL)
-        except VmsiloError as error:
-            log.info("VM %s: %s", name, error)  # it ended between the two calls
-        await loop.wait_for(stopped)
-        await self._settle(vm)
+            stopped = loop.spawn(self._systemd.stop(unit))
+            try:
+                await self._systemd.kill(unit, signal.SIGKILL)
+            except VmsiloError as error:
+                log.info("VM %s: %s", name, error)  # it ended between the two calls
+            await loop.wait_for(stopped)
+            await self._settle(vm)
+        finally:
+            vm.killing = False
 
     async def restart(self, name: str, timeout: int | None) -> None:
         await self.stop(name, timeout)
@@ -125,23 +133,28 @@ class Lifecycle:
 
     async def start_debug(self, name: str, fds: Sequence[int]) -> str:
         """Start the VM in its debug unit with its console on `fds` (three; ours from here on)."""
-        vm = self._registry.require(name)
+        terminals = self._runs.debug_terminals
         try:
-            if vm.is_up:
+            vm = self._registry.require(name)
+            if vm.is_up or name in terminals:
                 raise StartFailed(f"VM '{name}' is running", f"vm-stop {name}")
             if vm.config is None:
                 raise ConfigBroken(f"VM '{name}' is disabled: {'; '.join(vm.problems)}", "vmsilo check")
-            self._runs.debug_terminals[name] = [os.dup(fd) for fd in fds]
+            terminals[name] = [os.dup(fd) for fd in fds]
         finally:
             for fd in fds:
                 os.close(fd)
         vm.debug = True
-        result = await self._systemd.start(vm.debug_service)
-        for fd in self._runs.debug_terminals.pop(name, []):
-            os.close(fd)
-        await self._refresh(vm)
+        result = "failed"
+        try:
+            result = await self._systemd.start(vm.debug_service)
+        finally:
+            for fd in terminals.pop(name, []):
+                os.close(fd)
+            await self._refresh(vm)
+            if result != "done":
+                await self._restore_socket(vm)
         if result != "done":
-            await self._restore_socket(vm)
             reason = vm.last_result or f"systemd says '{result}'"
             raise StartFailed(f"VM '{name}' failed to start: {reason}", f"journalctl -u {vm.debug_service}")
         return vm.debug_service
@@ -168,12 +181,17 @@ class Lifecycle:
             vm.agent = True
         elif kind == "ready" and not vm.ready:
             vm.ready = True
+            if vm.was_ready:
+                self.changed(vm)
+                return
+            vm.was_ready = True
             seconds = time.time() - vm.unit.active_since / 1e6
             log.info("VM %s: guest ready %.1f s after its VMM", vm.name, seconds)
         elif kind == "down":
             vm.agent = vm.ready = False
         elif kind == "status":
-            vm.status = str(event.get("text", ""))
+            # The relay has checked it; but it goes to systemd, where a line feed begins a new assignment.
+            vm.status = printable(str(event.get("text", "")))
         self.changed(vm)
 
     def changed(self, vm: Vm) -> None:
@@ -182,7 +200,8 @@ class Lifecycle:
         waiters, vm.waiters = vm.waiters, []
         for waiter in waiters:
             waiter.set_result(None)
-        self._tell(view_of(vm))
+        if self._registry.find(vm.name) is vm:  # a refresh under way may outlast its VM
+            self._tell(view_of(vm))
 
     def _tell(self, change: Change) -> None:
         for callback in list(self._subscribers):

@@ -96,11 +96,12 @@ def acquire(request: Request) -> Acquired:
         device_fd = host_port_fd = None
         if request.hybrid:
             cid = vsock.HYBRID_CID
-            folder = rundir.create_vsock_dir(directory, request.uid, request.relay_gid)
+            folder = rundir.create_vsock_dir(directory)
             path = folder / f"vsock_{vsock.HOST_PORT}"
             host_port_fd = keep(
                 rundir.bind_listener(path, socket.SOCK_STREAM, 0o600, (request.uid, request.gid))
             )
+            rundir.hand_over_vsock_dir(folder, request.uid, request.relay_gid)
         else:
             cid, device_fd = vsock.acquire_kernel_cid(record.STATE_DIR / "next-cid")
             keep(device_fd)

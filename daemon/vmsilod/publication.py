@@ -16,11 +16,12 @@ from systemd import daemon
 from vmsilod import loop
 from vmsilod.bus import rules
 from vmsilod.config.load import load_configuration
+from vmsilod.config.schema import RESERVED_NAMES
 from vmsilod.errors import VmsiloError
-from vmsilod.host import LIBDIR, Host, probe_host
+from vmsilod.host import LIBDIR, Host, find_uid, probe_host
 from vmsilod.resources.vsock import HYBRID_CID
 from vmsilod.units import files as unit_files
-from vmsilod.units.render import RenderedUnits, UnitContext, UnitPaths, render_units
+from vmsilod.units.render import RenderedUnits, UnitContext, UnitPaths, command_socket, render_units
 from vmsilod.vmm.choose import VmmKind, choose_vmm
 from vmsilod.vmm.errors import KvmNeeded, MissingVmm
 from vmsilod.waiting import Lock
@@ -51,6 +52,7 @@ class Publication:
         self._lock = Lock()
         self.on_applied: Callable[[int], None] = lambda _problems: None
         self._shown: dict[str, str] = {}
+        self._published = False
 
     async def reload(self) -> list[Problem]:
         """Read everything again and take it over; returns what is wrong with it."""
@@ -109,27 +111,61 @@ class Publication:
         )
         change = await loop.in_worker(unit_files.write_units, wanted, keep)
         await self._forget(change.removed)
-        if change.any:
+        # The first time always: the last vmsilod may have died between its writing and its reload.
+        if change.any or not self._published:
             await self._systemd.reload()
+        if not self._published:
+            await self._stop_strangers()
+        self._published = True
         for name in sorted(wanted):
-            self._systemd.follow(f"vmsilo-{name}-vm.service")
-            self._systemd.follow(f"vmsilo-{name}-debug.service")
-            socket = f"vmsilo-{name}.socket"
-            if socket in change.changed:
-                await self._systemd.stop(socket)
-            result = await self._systemd.start(socket)
+            try:
+                await self._publish_socket(name, changed=f"vmsilo-{name}.socket" in change.changed)
+            except VmsiloError as error:
+                # A masked or broken unit of one VM (`systemctl edit`) is that VM's trouble alone.
+                log.error("VM %s has no command socket: %s", name, error)
+
+    async def _publish_socket(self, name: str, *, changed: bool) -> None:
+        vm = self._registry.find(name)
+        if vm is None or vm.config is None:
+            return
+        self._systemd.follow(vm.service)
+        self._systemd.follow(vm.debug_service)
+        # The VM may have been started since its units were written, and stopping the socket would stop it.
+        idle = not (vm.lock.held or vm.debug or (await self._systemd.state(vm.service)).is_up)
+        if idle and (changed or not belongs_to(Path(command_socket(name)), vm.config.user)):
+            await self._systemd.stop(vm.socket)
+        if not vm.debug:
+            result = await self._systemd.start(vm.socket)
             if result != "done":
-                log.error("socket unit %s did not start: %s", socket, result)
+                log.error("socket unit %s did not start: %s", vm.socket, result)
+
+    async def _stop_strangers(self) -> None:
+        """Sockets that still listen although no VM has them any more, from before a crash."""
+        for unit, active in await self._systemd.find_units("vmsilo-*.socket"):
+            name = unit.removeprefix("vmsilo-").removesuffix(".socket")
+            if active == "active" and name not in RESERVED_NAMES and self._registry.find(name) is None:
+                await self._forget(frozenset({unit}))
 
     async def _forget(self, removed: frozenset[str]) -> None:
         """Before the reload: systemd keeps a unit without a file as long as it listens or counts as
         failed.
         """
         for name in sorted(removed):
-            if name.endswith(".socket"):
-                await self._systemd.stop(name)
-            elif (await self._systemd.state(name)).active == "failed":
-                await self._systemd.reset_failed(name)
+            try:
+                if name.endswith(".socket"):
+                    await self._systemd.stop(name)
+                elif (await self._systemd.state(name)).active == "failed":
+                    await self._systemd.reset_failed(name)
+            except VmsiloError as error:
+                log.error("%s", error)
+
+
+def belongs_to(path: Path, user: str) -> bool:
+    """False for a socket of another user; one that does not exist will be made for the right one."""
+    try:
+        return path.stat().st_uid == find_uid(user)
+    except (OSError, VmsiloError):
+        return True
 
 
 def context_for(config: VmConfig, host: Host) -> UnitContext:

@@ -37,8 +37,12 @@ class Vm:
     record: Record | None = None
     agent: bool = False
     ready: bool = False
+    was_ready: bool = False  # at least once in this run
     status: str = ""
     last_result: str = ""
+    cid_fd: int | None = (
+        None  # vhost-vsock descriptor that reserves the CID until the relay has forgotten it
+    )
     vmm: Literal["crosvm", "qemu"] | None = None  # what its unit was written for
     killing: bool = False
     stop_deadline: float | None = None
@@ -83,13 +87,22 @@ class Vm:
 
     @property
     def started(self) -> VmConfig | None:
-        """The configuration of the running VM, whatever the files say by now."""
-        return VmConfig.from_json(self.record.config) if self.record is not None else None
+        """The configuration of the running VM, whatever the files say by now.
+
+        A VM that outlived an upgrade may have been started with options that this version does not know:
+        then the files have to do.
+        """
+        if self.record is None:
+            return None
+        try:
+            return VmConfig.from_json(self.record.config)
+        except ValueError:
+            return self.config
 
     def forget_run(self) -> None:
         """Nothing of a run is left: called when its leases were given back."""
         self.record = None
-        self.agent = self.ready = self.killing = self.debug = False
+        self.agent = self.ready = self.was_ready = self.killing = self.debug = False
         self.status = ""
         self.stop_deadline = None
 

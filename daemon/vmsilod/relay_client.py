@@ -30,6 +30,7 @@ SOCKET_PATH = "/run/vmsilo/relay.sock"
 MAX_MESSAGE = 1 << 20
 ANSWER_SECONDS = 20.0  # the relay gives up after 15: ten to reach the agent, five for its answer
 RECONNECT_SECONDS = 1.0
+MESSAGES_PER_TURN = 32
 
 Answer = tuple[dict[str, Any], list[int]]
 
@@ -119,7 +120,9 @@ class RelayClient:
             self._waiting.pop(request_id, None)
 
     def _readable(self) -> None:
-        while self._sock is not None:
+        for _ in range(MESSAGES_PER_TURN):
+            if self._sock is None:
+                return
             try:
                 data, fds, _, _ = socket.recv_fds(self._sock, MAX_MESSAGE, 4)
             except BlockingIOError:

@@ -14,6 +14,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from vmsilod import loop, preparation
+from vmsilod.bus.views import printable
 from vmsilod.control import Peer, Prepared
 from vmsilod.errors import BadRequest, ConfigBroken, StartFailed, VmsiloError
 from vmsilod.host import LIBDIR, find_uid, probe_host
@@ -61,18 +62,28 @@ class Runs:
             raise StartFailed("vmsilod is not connected to its relay yet", "try again")
         return self._relay
 
-    async def prepare(self, peer: Peer, invocation: str, fds: list[int]) -> Prepared:
-        """Everything the launcher of this unit run executes. A second request of the same run is refused."""
+    async def prepare(self, peer: Peer, fds: list[int]) -> Prepared:
+        """Everything the launcher of this unit run executes.
+
+        systemd says who the launcher is: the main process of a unit that is still starting. A VMM is in the
+        same cgroup, under the same uid, but its unit has started, so it gets nothing.
+        """
         vm = self._registry.require(peer.name)
         async with vm.lock:
+            state = await self._systemd.state(peer.unit)
+            if state.active != "activating" or state.main_pid != peer.pid:
+                raise BadRequest(f"process {peer.pid} is not the starting main process of {peer.unit}")
             if vm.record is not None:
-                if vm.record.launched and vm.record.invocation == invocation:
-                    raise BadRequest(f"unit {peer.unit} was given its VMM already")
-                await self._release(vm)
+                await self._release(
+                    vm
+                )  # of an ended run, or of this one when the last vmsilod died before it answered
+            vm.debug = peer.unit == vm.debug_service
+            if vm.debug and vm.name not in self.debug_terminals:
+                raise StartFailed(f"{peer.unit} has no terminal", f"start it by: vm-start-debug {vm.name}")
             if vm.config is None:
                 raise ConfigBroken(f"VM '{vm.name}' is disabled: {'; '.join(vm.problems)}", "vmsilo check")
             try:
-                return await self._prepare(vm, vm.config, peer, invocation, fds)
+                return await self._prepare(vm, vm.config, peer, state.invocation, fds)
             except VmsiloError as error:
                 await self._release(vm)
                 vm.last_result = error.message
@@ -84,6 +95,7 @@ class Runs:
     async def _prepare(
         self, vm: Vm, config: VmConfig, peer: Peer, invocation: str, fds: list[int]
     ) -> Prepared:
+        vm.killing, vm.stop_deadline = False, None
         host = await loop.in_worker(probe_host)
         host.require_vsock()
         kvm = await loop.in_worker(probe_kvm)
@@ -117,8 +129,10 @@ class Runs:
             monitor_kind=driver.monitor_type,
         )
         acquired = await loop.in_worker(preparation.acquire, request)
-        terminals = self.debug_terminals.pop(vm.name, [])
+        terminals = self.debug_terminals.pop(vm.name, []) if vm.debug else []
         try:
+            if acquired.device_fd is not None:
+                vm.cid_fd = os.dup(acquired.device_fd)
             await self._connect_channel(vm, acquired, peer.unit)
             await self._register(vm, peer, acquired, fds)
             if choice.kind is VmmKind.CROSVM and not config.root_disk_readonly:
@@ -185,6 +199,8 @@ class Runs:
         started one.
         """
         vm = self._registry.require(peer.name)
+        if (await self._systemd.state(peer.unit)).active != "deactivating":
+            raise BadRequest(f"unit {peer.unit} is not stopping")
         if vm.record is None or vm.killing:
             return {"ok": True, "force": True}
         asked = await self._ask_agent(vm) or await self._press_power_button(vm)
@@ -232,9 +248,14 @@ class Runs:
             except VmsiloError as error:
                 # The relay forgets what systemd says is gone when we meet it again: see repair().
                 log.warning("VM %s: the relay did not take the removal (%s)", vm.name, error)
+        # Only now may anybody take the CID: while the relay knew it, its new owner would have passed for the
+        # VM.
+        cid_fd, vm.cid_fd = vm.cid_fd, None
+        if cid_fd is not None:
+            os.close(cid_fd)
         if record is not None and record.hybrid:
             await self._stop_vsock(vm.name, record.unit)
-        await loop.in_worker(rundir.remove_rundir, vm.name)
+        await self._remove_rundir(vm.name)
         await loop.in_worker(records.forget_record, vm.name)
         vm.forget_run()
         self._on_change(vm)
@@ -250,22 +271,34 @@ class Runs:
         agree.
         """
         for name, record in (await loop.in_worker(records.load_records)).items():
-            vm = self._registry.adopt(name)
-            vm.record = record
-            # Before the state is read, and whether or not its units will be written again: its end is ours
-            # to see.
-            self._systemd.follow(vm.service)
-            self._systemd.follow(vm.debug_service)
-            vm.unit = await self._systemd.state(record.unit)
-            vm.debug = record.unit == vm.debug_service
-            if not vm.unit.is_up or vm.unit.invocation != record.invocation:
-                log.info("VM %s: giving back what an ended run left", name)
-                async with vm.lock:
-                    await self._release(vm)
+            try:
+                await self._adopt(self._registry.adopt(name), record)
+            except VmsiloError as error:
+                # One VM's leftovers must not keep the daemon of all others from starting.
+                log.error("VM %s: cannot be repaired: %s", name, error)
         for path in rundir.VM_DIR.glob("*") if rundir.VM_DIR.is_dir() else ():
-            vm_or_none = self._registry.find(path.name)
-            if vm_or_none is None or vm_or_none.record is None:
-                await loop.in_worker(rundir.remove_rundir, path.name)
+            vm = self._registry.find(path.name)
+            if vm is None or vm.record is None:
+                await self._remove_rundir(path.name)
+
+    async def _adopt(self, vm: Vm, record: Record) -> None:
+        vm.record = record
+        # Before the state is read, and whether or not its units will be written again: its end is ours
+        # to see.
+        self._systemd.follow(vm.service)
+        self._systemd.follow(vm.debug_service)
+        vm.unit = await self._systemd.state(record.unit)
+        vm.debug = record.unit == vm.debug_service
+        if not vm.unit.is_up or vm.unit.invocation != record.invocation:
+            log.info("VM %s: giving back what an ended run left", vm.name)
+            async with vm.lock:
+                await self._release(vm)
+
+    async def _remove_rundir(self, name: str) -> None:
+        try:
+            await loop.in_worker(rundir.remove_rundir, name)
+        except VmsiloError as error:
+            log.error("VM %s: %s", name, error)
 
     async def agree_with_relay(self) -> None:
         """After each (re)connection: take over guest readiness, remove VMs that the relay has and we do
@@ -279,8 +312,20 @@ class Runs:
                 if vm is None or not vm.lock.held:
                     await self.relay.remove(entry["name"], entry["generation"])
                 continue
-            vm.agent, vm.ready, vm.status = entry["agent"], entry["ready"], entry["status"]
+            vm.agent, vm.ready, vm.status = entry["agent"], entry["ready"], printable(entry["status"])
             self._on_change(vm)
+        known = {entry["name"] for entry in answer["vms"]}
+        for vm in self._registry:
+            if vm.record is not None and vm.record.launched and vm.name not in known:
+                log.error(
+                    "VM %s: the relay was stopped and does not know it any more; restart the VM", vm.name
+                )
+                vm.agent, vm.ready, vm.status = (
+                    False,
+                    False,
+                    "unreachable: the relay was stopped; restart the VM",
+                )
+                self._on_change(vm)
 
 
 def refuse_foreign_format(fd: int) -> None:

@@ -13,7 +13,6 @@ from typing import ParamSpec, Protocol
 from vmsilo_wire import (
     DATA_MAX,
     HEADER_SIZE,
-    HELLO,
     PING,
     PONG,
     POWEROFF,
@@ -21,8 +20,6 @@ from vmsilo_wire import (
     SIGNAL,
     SPAWN,
     STDIN,
-    TO_AGENT,
-    Decoder,
     ProtocolError,
     encode_consumed,
     encode_frame,
@@ -34,6 +31,7 @@ from vmsilo_wire.payload import Spawn, encode_error, encode_exit, encode_started
 
 from vmsilo_agent.account import Account, find_account
 from vmsilo_agent.cgroup import CgroupTree
+from vmsilo_agent.intake import Intake
 from vmsilo_agent.loop import GONE, READ, WRITE, Loop, Timer, log
 from vmsilo_agent.process import Process, Watcher, start_process
 from vmsilo_agent.streams import Input, Output, Streams, open_null, open_pipes, open_terminal, resize
@@ -72,7 +70,7 @@ class Connection:
         self._host = host
         self._loop = host.loop
         self._sock = sock
-        self._decoder = Decoder(TO_AGENT, first=HELLO)
+        self._intake = Intake()
         self._out = bytearray()
         self._state = "new"
         self._role = ""
@@ -137,10 +135,12 @@ class Connection:
         if count == 0:
             self.close()
         elif self._state != "closing":
-            for kind, payload in self._decoder.feed(self._receive[:count]):
+            for kind, payload in self._intake.feed(self._receive[:count]):
                 self._take(kind, payload)
                 if self._state in {"closing", "closed"}:
                     break
+            if self._input is not None and self._intake.between_frames:
+                self._input.acknowledge_rest()
 
     def _send(self, frame: bytes | memoryview) -> None:
         if self._state == "closed":
@@ -203,7 +203,13 @@ class Connection:
 
     # ---- frames
 
-    def _take(self, kind: int, payload: bytes) -> None:
+    def _take(self, kind: int, payload: bytes | memoryview) -> None:
+        if self._state == "running" and kind == STDIN and self._input is not None:
+            self._input.feed(payload)
+        else:
+            self._control(kind, bytes(payload))
+
+    def _control(self, kind: int, payload: bytes) -> None:
         if kind == PING:
             self._send(encode_frame(PONG, payload))
         elif self._state == "new":
@@ -212,8 +218,6 @@ class Connection:
             self._spawn(parse_spawn(payload))
         elif self._state == "ready" and kind == POWEROFF:
             self._power_off()
-        elif self._state == "running" and kind == STDIN and self._input is not None:
-            self._input.feed(payload)
         elif self._state == "running" and kind == RESIZE and self._pty is not None:
             resize(self._pty, *parse_resize(payload))
         elif self._state == "running" and kind == SIGNAL and self._process is not None:

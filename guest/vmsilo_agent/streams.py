@@ -11,13 +11,15 @@ import struct
 import termios
 from collections.abc import Callable
 
-from vmsilo_wire import DATA_MAX, HEADER_SIZE, STDERR, STDIN_WINDOW, STDOUT, ProtocolError
+from vmsilo_wire import HEADER_SIZE, STDERR, STDIN_WINDOW, STDOUT, ProtocolError
 
 from vmsilo_agent.account import Account
 from vmsilo_agent.child import Stdio
 from vmsilo_agent.loop import READ, WRITE, Callback, Loop
 
 _PIPE_SIZE = 1024 * 1024
+# A frame that an empty socket buffer (208 KiB of a Unix socket, 256 KiB of vsock) takes whole is not copied.
+_READ_SIZE = 128 * 1024
 _ACK_STEP = (
     STDIN_WINDOW // 8
 )  # acknowledge in steps, so that a byte-wise reader does not cause a frame per byte
@@ -112,48 +114,66 @@ class Input:
         self._blocked = False
         self._on_writable = guard(self._writable)
 
-    def feed(self, data: bytes) -> None:
-        """ProtocolError where the client sent more than the window, or anything after the end."""
+    def feed(self, data: bytes | memoryview) -> None:
+        """ProtocolError where the client sent more than the window, or anything after the end.
+
+        Keeps none of `data`, which may be a view.
+        """
         if self._eof:
             raise ProtocolError("STDIN after its end")
         if len(self._buffer) + self._taken + len(data) > STDIN_WINDOW:
             raise ProtocolError("STDIN beyond the window")
-        if not data:
+        if not len(data):
             self._eof = True
             if self._pty and self._fd is not None:
                 end = termios.tcgetattr(self._fd)[6][termios.VEOF]
                 self._buffer += end
                 self._taken -= len(end)  # the client did not send it, so it is not acknowledged
+        if not self._buffer:  # the usual case: nothing is copied
+            data = data[self._pour(data) :]
         self._buffer += data
         if not self._blocked:
-            self._write()
+            self._settle()
 
-    def _write(self) -> None:
-        while self._buffer and self._fd is not None:
+    def _pour(self, data: bytes | memoryview) -> int:
+        """How much the command took of it."""
+        poured = 0
+        while poured < len(data) and self._fd is not None:
             try:
-                with memoryview(self._buffer) as view:
-                    count = os.write(self._fd, view)
+                poured += os.write(self._fd, data[poured:])
             except BlockingIOError:
                 break
             except OSError:  # EPIPE, or EIO of a terminal that nobody has open
                 self.close()
-                break
-            del self._buffer[:count]
-            self._taken += count
+        self._taken += poured
+        return poured
+
+    def _settle(self) -> None:
+        """After writing: watch, acknowledge or close, as what is left asks for."""
         if self._fd is None:
             self._taken += len(self._buffer)
             self._buffer.clear()
         self._blocked = bool(self._buffer)
         if self._fd is not None:
             self._loop.watch(self._fd, WRITE if self._blocked else 0, self._on_writable)
-        if self._taken >= _ACK_STEP or (self._taken and not self._buffer):
+        if self._taken >= _ACK_STEP:
             self._acknowledge(self._taken)
             self._taken = 0
         if self._eof and not self._blocked and not self._pty:
             self.close()
 
+    def acknowledge_rest(self) -> None:
+        """Where no more is under way, less than a step is worth a frame."""
+        if self._taken > 0 and not self._buffer:
+            self._acknowledge(self._taken)
+            self._taken = 0
+
     def _writable(self, _mask: int) -> None:
-        self._write()
+        with memoryview(self._buffer) as view:
+            poured = self._pour(view)
+        del self._buffer[:poured]
+        self._settle()
+        self.acknowledge_rest()
 
     def close(self) -> None:
         fd, self._fd = self._fd, None
@@ -169,7 +189,7 @@ class Output:
     place of its header in one shared buffer: it is copied by the kernel only, unless the socket is full.
     """
 
-    buffer = bytearray(HEADER_SIZE + DATA_MAX)
+    buffer = bytearray(HEADER_SIZE + _READ_SIZE)
     _room = memoryview(buffer)[HEADER_SIZE:]
 
     def __init__(

@@ -159,21 +159,34 @@ def copy_original(ground: Ground) -> Original:
     device = [word.replace(vsock, BARE) for word in read_argv(ground.proc, ground.find_pid(VSOCK_SERVICE))]
     original = Original(argv, device)
     text = "\n".join(argv)
-    initrd = int(match(r"^-initrd\n/proc/self/fd/(\d+)$", text))
     original.monitor = int(match(r"^socket,id=mon0,fd=(\d+),", text))
-    numbers = {initrd, int(match(r"^-kernel\n/proc/self/fd/(\d+)$", text))}
-    numbers |= {int(number) for number in re.findall(r"^fd=(\d+),set=", text, re.MULTILINE)}
-    for number in numbers:
-        source = ground.proc / str(pid) / "fd" / str(number)
-        if number != initrd:
-            original.fds[number] = os.open(source, os.O_RDONLY)
-            continue
-        data = source.read_bytes()
-        original.fds[number] = os.memfd_create("initrd")
-        with open(original.fds[number], "wb", closefd=False) as copy:
-            copy.write(data)
-        original.secret = match(r"vmsilo/secret\x00+([0-9a-f]{64})", data.decode("latin-1"))
+    kernel, initrd, disk = (
+        int(match(pattern, text))
+        for pattern in (
+            r"^-kernel\n/proc/self/fd/(\d+)$",
+            r"^-initrd\n/proc/self/fd/(\d+)$",
+            r"^fd=(\d+),set=",
+        )
+    )
+    opened = ground.proc / str(pid) / "fd"
+    original.fds[kernel] = os.open(opened / str(kernel), os.O_RDONLY)
+    original.fds[disk] = os.open(find_sibling(opened, opened / str(kernel)), os.O_RDONLY)
+    data = (opened / str(initrd)).read_bytes()
+    original.fds[initrd] = os.memfd_create("initrd")
+    with open(original.fds[initrd], "wb", closefd=False) as copy:
+        copy.write(data)
+    original.secret = match(r"vmsilo/secret\x00+([0-9a-f]{64})", data.decode("latin-1"))
     return original
+
+
+def find_sibling(opened: Path, kernel: Path) -> Path:
+    """The image's root file: QEMU has it under another number than it was given."""
+    link = kernel.readlink()
+    for path in opened.iterdir():
+        other = path.readlink()
+        if other.parent == link.parent and other != link:
+            return path
+    raise RuntimeError(f"the running VM has no other file of {link.parent} open")
 
 
 def read_argv(proc: Path, pid: int) -> list[str]:

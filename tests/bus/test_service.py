@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ERROR = "org.vmsilo1.Error."
+BUS_DENIED = "org.freedesktop.DBus.Error.AccessDenied"
 
 
 @pytest.fixture
@@ -234,7 +235,8 @@ def test_a_thousand_calls_leave_nothing_behind(client: Client, server: subproces
     def round_of_calls() -> None:
         with open(os.devnull, "rb") as null:  # noqa: PTH123 - jeepney takes a file
             stray = {"wait": ("h", null)}
-            assert client.error(ROOT, MANAGER, "Start", "sa{sv}", "banking", stray) == ERROR + "BadRequest"
+            # Already the bus refuses descriptors for a method that takes none.
+            assert client.error(ROOT, MANAGER, "Start", "sa{sv}", "banking", stray) == BUS_DENIED
             assert client.error(ROOT, MANAGER, "StartDebug", "shhh", "a b", null, null, null)
         assert client.error(ROOT, MANAGER, "Start", "sa{sv}", "nothing", {}) == ERROR + "NoSuchVm"
         assert client.error(ROOT, MANAGER, "Start", "sa{sv}", "bug", {}) == ERROR + "Failed"

@@ -34,7 +34,7 @@ def test_a_vm_appears_and_disappears(site: Site) -> None:
     site.host.run(["rm", f"{VMS}/{name}.toml"])
     site.host.wait_until(f"! test -e /run/systemd/system/vmsilo-{name}.socket", seconds=10)
     site.host.wait_until(f"! test -e /run/vmsilo/{name}-command.socket", seconds=10)
-    assert name not in site.host.vms()
+    site.host.wait_until(f"! vmsilo list | grep -q '^{name} '", seconds=10)
     tree = site.host.run(["busctl", "tree", "--list", "org.vmsilo1"]).stdout
     assert f"/org/vmsilo1/vm/{name}" not in tree.splitlines()
     done = site.vm_run(name, "true")

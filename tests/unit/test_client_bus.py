@@ -262,6 +262,7 @@ class DebugVm:
         fds, self.fds = self.fds, []
         for fd in fds:
             os.close(fd)
+        self._daemon.state_changed("banking", state, result)
 
 
 def test_debug_console(programs: Programs, daemon: FakeDaemon) -> None:

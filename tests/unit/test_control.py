@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+import socket
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from vmsilod.control import Peer, find_unit, parse_request
+from gi.repository import GLib
+from vmsilod.control import ControlServer, Peer, Prepared, find_unit, parse_operation
 from vmsilod.errors import BadRequest
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+FLOOD = """
+import socket, sys
+while True:
+    s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    s.connect(sys.argv[1])
+    s.close()
+"""
 PEER = Peer(1, 61234, 61234, "banking", "vmsilo-banking-vm.service")
 
 
@@ -53,15 +65,49 @@ def test_a_process_that_is_gone_is_nobody(tmp_path: Path) -> None:
         b'{"op": "prepare"}',
         b'{"op": "prepare", "name": "work"}',
         b'{"op": "release", "name": "banking"}',
-        b'{"op": "prepare", "name": "banking", "invocation": "../../x"}',
         b'{"op": ["prepare"], "name": "banking"}',
     ],
 )
 def test_everything_but_its_own_request_is_refused(data: bytes) -> None:
     with pytest.raises(BadRequest):
-        parse_request(data, PEER)
+        parse_operation(data, PEER)
 
 
 def test_its_own_request_is_taken() -> None:
-    request = parse_request(b'{"op": "prepare", "name": "banking", "invocation": "0a1b"}', PEER)
-    assert request == {"op": "prepare", "invocation": "0a1b"}
+    assert parse_operation(b'{"op": "prepare", "name": "banking"}', PEER) == "prepare"
+    assert parse_operation(b'{"op": "stop", "name": "banking"}', PEER) == "stop"
+
+
+class Nobody:
+    """No launcher gets this far in these tests."""
+
+    async def prepare(self, peer: Peer, fds: list[int]) -> Prepared:
+        raise AssertionError
+
+    async def shut_down(self, peer: Peer) -> dict[str, Any]:
+        raise AssertionError
+
+
+def test_a_flood_of_strangers_leaves_the_loop_its_turns(tmp_path: Path) -> None:
+    """Strangers connect without end from another process; a timer of the loop still gets its turns."""
+    path = str(tmp_path / "control.sock")
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(path)
+    listener.listen(512)
+    server = ControlServer(listener, Nobody())
+    main_loop = GLib.MainLoop()
+    ticks: list[float] = []
+
+    def tick() -> bool:
+        ticks.append(time.monotonic())
+        return True
+
+    with subprocess.Popen([sys.executable, "-c", FLOOD, path]) as flood:
+        try:
+            GLib.timeout_add(10, tick)
+            GLib.timeout_add(1500, main_loop.quit)
+            main_loop.run()
+        finally:
+            flood.kill()
+    server.close()
+    assert len(ticks) > 20

@@ -103,7 +103,7 @@ def test_descriptors_arrive_at_the_numbers_in_argv(tmp_path: Path) -> None:
         "stdio": [],
     }
     done, requests = run_launcher(
-        tmp_path, ["start", "banking"], lambda _: (reply, files), {"INVOCATION_ID": "ab12", "HOME": "/root"}
+        tmp_path, ["start", "banking"], lambda _: (reply, files), {"HOME": "/root"}
     )
     for fd in files:
         os.close(fd)
@@ -114,7 +114,7 @@ def test_descriptors_arrive_at_the_numbers_in_argv(tmp_path: Path) -> None:
         "file 2",
         "red None",
     ]
-    assert requests == [{"op": "prepare", "name": "banking", "invocation": "ab12", "fds": 0}]
+    assert requests == [{"op": "prepare", "name": "banking", "fds": 0}]
 
 
 def test_terminals_become_standard_input_and_output(tmp_path: Path) -> None:

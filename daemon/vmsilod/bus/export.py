@@ -14,7 +14,7 @@ import fcntl
 import inspect
 import logging
 import os
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -37,6 +37,14 @@ log = logging.getLogger(__name__)
 # Arguments become Python objects before the authorisation, so a stranger's message must not cost much.
 ARGUMENT_BYTES_MAX = 1 << 20
 _PROPERTY_REPLIES = {"Get": ["v"], "GetAll": ["a{sv}"]}
+
+
+_closer = ThreadPoolExecutor(1, thread_name_prefix="vmsilo-closer")
+
+
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 class Exportable(Protocol):
@@ -83,10 +91,10 @@ class Call:
             raise Failed("no descriptor is free") from error
 
     def close(self) -> None:
-        """Close what came with the message; before the reply, which is the end of the call."""
+        """Give away what came with the message, to a thread: a close can block (SO_LINGER, FUSE)."""
         fds, self._fds = self._fds, []
-        for fd in fds:
-            os.close(fd)
+        if fds:
+            _closer.submit(_close_all, fds)
 
     def answer(self, types: Sequence[str], result: Any) -> None:
         """Reply with the handler's result. A descriptor in it is duplicated into the message and closed."""
@@ -113,6 +121,8 @@ class Exported(ObjectWrapper):  # type: ignore[misc]  # pydbus has no types
         loop.spawn(self._serve(Call(invocation), interface, method, parameters))
 
     async def _serve(self, call: Call, interface: str, method: str, parameters: GLib.Variant) -> None:
+        if method != "StartDebug":
+            call.close()  # nothing else takes descriptors, and none are to wait for polkit's answer
         try:
             if parameters.get_size() > ARGUMENT_BYTES_MAX:
                 raise BadRequest(f"the arguments are larger than {ARGUMENT_BYTES_MAX >> 10} KiB")

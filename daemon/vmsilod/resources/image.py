@@ -18,6 +18,7 @@ from pathlib import Path
 from vmsilo_image.cpio import secret_archive
 
 from vmsilod.errors import StartFailed
+from vmsilod.resources.paths import open_safely
 
 IMAGES_DIR = Path("/var/lib/vmsilo/images")
 COPY_CHUNK = 1 << 24
@@ -71,12 +72,8 @@ def find_boot_files(choice: BootChoice, images: Path = IMAGES_DIR) -> BootFiles:
 
 def open_file(path: Path, *, writable: bool = False) -> int:
     """Open a regular file or block device; the caller owns the descriptor."""
-    try:
-        fd = os.open(
-            path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
-        )
-    except OSError as error:
-        raise StartFailed(f"cannot open {path}: {error.strerror}") from error
+    access = os.O_RDWR if writable else os.O_RDONLY
+    fd = open_safely(path, access | os.O_NOCTTY | os.O_NONBLOCK)
     mode = os.fstat(fd).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
         os.close(fd)

@@ -8,11 +8,14 @@ boot.
 from __future__ import annotations
 
 import json
+import logging
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from vmsilod.errors import Failed
+
+log = logging.getLogger(__name__)
 
 STATE_DIR = Path("/run/vmsilo/state")
 
@@ -26,11 +29,11 @@ class Record:
     name: str
     unit: str
     invocation: str
-    vmm: str
-    uid: int
-    cid: int
-    hybrid: bool
-    config: str
+    vmm: str = "qemu"
+    uid: int = 0
+    cid: int = 0
+    hybrid: bool = False
+    config: str = ""
     launched: bool = False
 
 
@@ -48,13 +51,15 @@ def save_record(record: Record, directory: Path = STATE_DIR) -> None:
 
 
 def load_records(directory: Path = STATE_DIR) -> dict[str, Record]:
-    """Every readable record; a half-written one (never renamed) does not count."""
+    """Every readable record, an older version's too; a half-written one (never renamed) does not count."""
     records = {}
     for path in sorted(directory.glob("*.json")) if directory.is_dir() else ():
         try:
-            record = Record(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError):
-            path.unlink(missing_ok=True)
+            known = {field.name for field in fields(Record)}
+            content = {key: value for key, value in json.loads(path.read_text()).items() if key in known}
+            record = Record(**content)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            log.error("%s is not a record, ignoring it: %s", path, error)
             continue
         records[record.name] = record
     return records

@@ -14,6 +14,7 @@ import os
 import shutil
 import socket
 import struct
+import threading
 from pathlib import Path
 
 from vmsilod.errors import Failed
@@ -24,6 +25,7 @@ HYBRID_DEVICE = "vhost-device-vsock"
 HYBRID_CID = 3  # each hybrid guest has a vsock world of its own, so the number needs not be unique
 FIRST_CID = 1000  # out of the way of the low numbers that people give to VMs by hand
 LAST_CID = 0x7FFF_FFFF
+_counting = threading.Lock()  # two starts may be in two workers
 HOST_PORT = 701  # below 1024: only a privileged process of the host can listen there
 
 
@@ -59,18 +61,19 @@ def acquire_kernel_cid(counter: Path, device: Path = VHOST_VSOCK) -> tuple[int, 
 
 def next_cid(counter: Path) -> int:
     """The next number of the boot; kept in a file in /run so that a restarted daemon goes on counting."""
-    try:
-        last = int(counter.read_text())
-    except (FileNotFoundError, ValueError):
-        last = FIRST_CID - 1
-    cid = last + 1
-    if cid > LAST_CID:
-        raise Failed("no vsock CID is left in this boot", "reboot the host")
-    counter.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    temporary = counter.with_suffix(".new")
-    temporary.write_text(str(cid))
-    temporary.rename(counter)
-    return cid
+    with _counting:
+        try:
+            last = int(counter.read_text())
+        except (FileNotFoundError, ValueError):
+            last = FIRST_CID - 1
+        cid = last + 1
+        if cid > LAST_CID:
+            raise Failed("no vsock CID is left in this boot", "reboot the host")
+        counter.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        temporary = counter.with_suffix(".new")
+        temporary.write_text(str(cid))
+        temporary.rename(counter)
+        return cid
 
 
 def _take_cid(fd: int, cid: int) -> bool:

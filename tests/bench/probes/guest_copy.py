@@ -3,27 +3,56 @@
 argv: send|receive|echo PORT BYTES. After receiving all it sends one byte.
 """
 
+import select
 import socket
 import sys
 
 BLOCK = 256 * 1024
 
 
-def main(mode: str, port: int, left: int) -> None:
-    sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
-    sock.connect((socket.VMADDR_CID_HOST, port))
+def send(sock: socket.socket, left: int) -> None:
     block = memoryview(bytearray(BLOCK))
     while left:
-        count = min(left, BLOCK)
-        if mode != "send":
-            count = sock.recv_into(block[:count])
+        left -= sock.send(block[:left])
+
+
+def receive(sock: socket.socket, left: int) -> None:
+    block = memoryview(bytearray(BLOCK))
+    while left:
+        count = sock.recv_into(block[:left])
+        if not count:
+            raise SystemExit("the host closed")
+        left -= count
+    sock.sendall(b".")
+
+
+def echo(sock: socket.socket, left: int) -> None:
+    """Never stops reading, as the host has to keep the bytes under way few: the device (0.3.0) can stall
+    when both directions are full.
+    """
+    sock.settimeout(0)
+    block = memoryview(bytearray(BLOCK))
+    held = bytearray()
+    poll = select.poll()
+    while left:
+        poll.register(sock, select.POLLIN | (select.POLLOUT if held else 0))
+        ((_fd, events),) = poll.poll()
+        if events & ~select.POLLOUT:
+            count = sock.recv_into(block)
             if not count:
                 raise SystemExit("the host closed")
-        if mode != "receive":
-            sock.sendall(block[:count])
-        left -= count
-    if mode == "receive":
-        sock.sendall(b".")
+            held += block[:count]
+        if events & select.POLLOUT:
+            sent = sock.send(held)
+            del held[:sent]
+            left -= sent
+
+
+def main(mode: str, port: int, size: int) -> None:
+    sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+    sock.connect((socket.VMADDR_CID_HOST, port))
+    {"send": send, "receive": receive, "echo": echo}[mode](sock, size)
+    sock.settimeout(None)
     sock.recv(1)  # until the host has closed: a close of ours could overtake data in the device
 
 

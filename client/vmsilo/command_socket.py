@@ -12,7 +12,13 @@ import time
 from vmsilo_wire import ProtocolError
 from vmsilo_wire.payload import load_json
 
-from vmsilo.errors import ClientError, SocketClosedError, printable, write_stderr
+from vmsilo.errors import (
+    ClientError,
+    SocketClosedError,
+    StoppedMeanwhileError,
+    printable,
+    write_stderr,
+)
 from vmsilo.names import socket_path
 from vmsilo.place import Place
 
@@ -151,6 +157,7 @@ def _refusal(name: str, error: "Any", *, booting: bool) -> ClientError:
     if not isinstance(error, dict):
         return ClientError(f"vmsilo-relayd refused VM '{name}'")
     fact = printable(error.get("message") or error.get("code") or "refused")
-    if error.get("code") == "stopping" and not booting:
-        return SocketClosedError(fact)  # it was going when we came; a new start is what is wanted
+    if error.get("code") == "stopping":
+        # If it was going when we came, a new start is what is wanted.
+        return StoppedMeanwhileError(f"VM '{name}': {fact}") if booting else SocketClosedError(fact)
     return ClientError(f"VM '{name}': {fact}", printable(error.get("hint") or ""))

@@ -32,6 +32,7 @@ PROGRAM = "vm-start-debug"
 LEAVE_KEY = b"\x1d"  # Ctrl-]
 START_WAIT = 300
 END_WAIT = 15  # seconds for vmsilod to give back what the VM held
+ASK_AFTER = 1.0
 ENDED = ("stopped", "failed", "broken")
 READ_SIZE = 16384
 PENDING_MAX = 256 * 1024
@@ -135,7 +136,11 @@ class Console:
         poll = select.poll()
         poll.register(self._bus.fileno(), select.POLLIN)
         while not self._has_ended() and time.monotonic() < deadline:
-            poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
+            if not poll.poll(ASK_AFTER * 1000):
+                # A vmsilod that was restarted meanwhile tells its changes only to those who have asked it.
+                vm = self._bus.find_vm(self._name) or {"State": "stopped"}
+                if vm.get("State") in ENDED:
+                    return str(vm["State"]), printable(vm.get("LastResult") or "")
         return self._end or ("unknown", "vmsilod does not say how")
 
     def _has_ended(self) -> bool:

@@ -27,6 +27,10 @@ class SocketClosedError(ClientError):
     """The command socket is absent, refuses, or closed before it answered: only the daemon knows why."""
 
 
+class StoppedMeanwhileError(SocketClosedError):
+    """Somebody stopped the VM, or it ended, while its boot was waited for: not to be started once more."""
+
+
 def printable(untrusted_text: object, limit: int = FACT_MAX) -> str:
     """One line without control, formatting or surrogate characters, at most `limit` characters long."""
     text = str(untrusted_text)[: limit + 1]

@@ -8,7 +8,7 @@ import os
 from vmsilo_wire.payload import Spawn, encode_spawn, is_env_name
 
 from vmsilo.command_socket import dial
-from vmsilo.errors import ClientError, SocketClosedError, UsageError, printable
+from vmsilo.errors import ClientError, SocketClosedError, StoppedMeanwhileError, UsageError, printable
 from vmsilo.names import check_name
 from vmsilo.options import parse_escapes, parse_options, parse_seconds
 from vmsilo.place import Place
@@ -107,6 +107,8 @@ def _open_as_user(request: Request, place: Place) -> int:
         error = explain(request.name, place, closed)
         if error is not None:
             raise error from closed
+        if isinstance(closed, StoppedMeanwhileError):
+            raise
     return dial(PROGRAM, request.name, place, wait=request.wait)
 
 

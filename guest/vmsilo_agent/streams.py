@@ -153,8 +153,8 @@ class Input:
         if self._fd is None:
             self._taken += len(self._buffer)
             self._buffer.clear()
-        self._blocked = bool(self._buffer)
-        if self._fd is not None:
+        was_blocked, self._blocked = self._blocked, bool(self._buffer)
+        if self._fd is not None and self._blocked != was_blocked:
             self._loop.watch(self._fd, WRITE if self._blocked else 0, self._on_writable)
         if self._taken >= _ACK_STEP:
             self._acknowledge(self._taken)

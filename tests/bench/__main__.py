@@ -6,6 +6,7 @@ With arguments, only these sections: warm, cold, throughput, memory.
 from __future__ import annotations
 
 import signal
+import subprocess
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -18,25 +19,32 @@ from bench.ground import VM, VM_CONFIG, Ground
 from bench.machine import describe_load, describe_machine
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import FrameType
 
 MOST_SECONDS = 12 * 60
 SECTIONS = ("warm", "cold", "throughput", "memory")
 
 
-def measure(ground: Ground, sections: tuple[str, ...]) -> None:
-    print(f"\n{describe_machine(ground)}\nbegin: {describe_load()}", flush=True)
+def measure(ground: Ground, sections: tuple[str, ...]) -> list[str]:
+    """The sections that failed; a failed one does not keep the others from being measured."""
     footprints = footprint.Found()
-    if "memory" in sections:
-        footprint.measure_first(ground, footprints)
-    if "warm" in sections:
-        warm.measure(ground)
-    if "cold" in sections:
-        cold.measure(ground)
-    if "throughput" in sections:
-        throughput.measure(ground)
-    if "memory" in sections:
-        footprint.measure_last(ground, footprints)
+    steps: tuple[tuple[str, Callable[[], None]], ...] = (
+        ("memory", lambda: footprint.measure_first(ground, footprints)),
+        ("warm", lambda: warm.measure(ground)),
+        ("cold", lambda: cold.measure(ground)),
+        ("throughput", lambda: throughput.measure(ground)),
+        ("memory", lambda: footprint.measure_last(ground, footprints)),
+    )
+    failed = []
+    for section, step in steps:
+        if section in sections:
+            try:
+                step()
+            except (OSError, RuntimeError, AssertionError, subprocess.TimeoutExpired) as error:
+                print(f"\n{section}: FAILED: {error!r}", flush=True)
+                failed.append(section)
+    return failed
 
 
 def main() -> None:
@@ -51,18 +59,22 @@ def main() -> None:
         ground = Ground(host)
         signal.alarm(MOST_SECONDS)  # building what was not cached does not count
         begin = time.monotonic()
+        print(f"\n{describe_machine(ground)}\nbegin: {describe_load()}", flush=True)
         try:
-            measure(ground, sections)
-        except KeyboardInterrupt:
-            sys.exit(130)
+            failed = measure(ground, sections)
         finally:
             print(f"end: {describe_load()}, after {time.monotonic() - begin:.0f} s", flush=True)
             signal.alarm(0)
+    if failed:
+        sys.exit(f"bench: {', '.join(failed)} failed")
 
 
 def run_out(_number: int, _frame: FrameType | None) -> None:
-    raise TimeoutError(f"not done after {MOST_SECONDS} s")
+    sys.exit(f"bench: not done after {MOST_SECONDS} s")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

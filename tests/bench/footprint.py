@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from bench.ground import Ground
 
 VMS = 100
-IDLE_SECONDS = 10.0
+IDLE_SECONDS = 15.0  # a watchdog period
 SETTLE_SECONDS = 3.0
 LISTEN_SECONDS = 120.0
 UNITS = {"vmsilod": "vmsilod.service", "vmsilo-relayd": "vmsilo-relayd.service"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -37,7 +38,8 @@ def print_section(title: str, rows: Sequence[Row], notes: Sequence[str] = ()) ->
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
         if index == 0:
             print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    for note in notes:
+    busy = " ".join(f"{value:.2f}" for value in os.getloadavg())
+    for note in (*notes, f"load average at the end of this section: {busy}"):
         print(f"\n{note}")
     print(flush=True)
 

@@ -39,11 +39,21 @@ MODES = {
     "host to guest": ("receive", "head -c {size} /dev/zero | vm-run {vm} sh -c 'cat >/dev/null'"),
     "there and back": ("echo", "head -c {size} /dev/zero | vm-run {vm} cat >/dev/null"),
 }
+# What the guest runs for a floor: $0 is the program, $1 its mode, $3 the size.
+COPY = 'python3 -I -S -c "$0" "$@"'
+GUEST_LINES = {"pipe-send": f'head -c "$3" /dev/zero | {COPY}', "pipe-receive": f"{COPY} | cat >/dev/null"}
+# What is measured, and the same pipes with two bare copiers between them.
 DIRECT = {
-    "out": ("{run} head -c {size} /dev/zero >/dev/null", "{copy} bare {size}"),
-    "in": ("head -c {size} /dev/zero | {run} sh -c 'cat >/dev/null'", "{copy} bare {size}"),
+    "out": (
+        "{run} head -c {size} /dev/zero >/dev/null",
+        "head -c {size} /dev/zero | {copy} pipes >/dev/null",
+    ),
+    "in": (
+        "head -c {size} /dev/zero | {run} sh -c 'cat >/dev/null'",
+        "head -c {size} /dev/zero | {copy} pipes | cat >/dev/null",
+    ),
 }
-PIPES = "head -c {size} /dev/zero | {copy} pipes >/dev/null"
+BARE = "{copy} bare {size}"
 
 
 def measure(ground: Ground) -> None:
@@ -61,26 +71,17 @@ def measure_guest(ground: Ground, mode: str) -> list[Row]:
     def ours(size: int) -> float:
         return run_line(ground, line.format(vm=VM, size=size))
 
-    def bare(size: int) -> float:
-        return copy_bare(ground, copy_mode, size)
+    def copier(name: str) -> Callable[[int], float]:
+        return lambda size: copy_bare(ground, name, size)
 
-    size = find_size(ours, 8 << 20)
-    mine, floor = alternate(size, ours, bare)
-    ratio = floor / mine
-    return [
-        Row(
-            f"{mode}, {size >> 20} MiB through `vm-run`; floor: bare vsock",
-            as_rate(size, mine),
-            as_rate(size, floor),
-            f"x {ratio:.2f}",
-            f"x {AIM}",
-            ratio >= AIM,
-        )
-    ]
+    floors = {"bare vsock": copier(copy_mode)}
+    if copy_mode != "echo":
+        floors["bare vsock with the same pipe in the guest"] = copier(f"pipe-{copy_mode}")
+    return compare(f"{mode} through `vm-run`", find_size(ours, 8 << 20), ours, floors)
 
 
 def measure_direct(ground: Ground, way: str) -> list[Row]:
-    line, bare_line = DIRECT[way]
+    line, pipes_line = DIRECT[way]
     python = " ".join(PYTHON)
     words = {
         "run": f"{python} {SCRATCH}/direct_run.py {LIBDIR} {SCRATCH}/agent.sock {SECRET}",
@@ -90,26 +91,27 @@ def measure_direct(ground: Ground, way: str) -> list[Row]:
     def timer(text: str) -> Callable[[int], float]:
         return lambda size: run_line(ground, text.format(size=size, **words))
 
-    size = find_size(timer(line), 256 << 20, MOST * 4)
-    mine, floor, pipes = alternate(size, timer(line), timer(bare_line), timer(PIPES))
-    what = f"agent and client without a VM, {way}, {size >> 20} MiB"
+    ours = timer(line)
+    floors = {"bare Unix socket": timer(BARE), "two bare copiers with the same pipes": timer(pipes_line)}
+    return compare(
+        f"agent and client without a VM, {way}", find_size(ours, 256 << 20, MOST * 4), ours, floors
+    )
+
+
+def compare(
+    what: str, size: int, ours: Callable[[int], float], floors: dict[str, Callable[[int], float]]
+) -> list[Row]:
+    mine, *others = alternate(size, ours, *floors.values())
     return [
         Row(
-            f"{what}; floor: bare Unix socket",
+            f"{what}, {size >> 20} MiB; floor: {name}",
             as_rate(size, mine),
             as_rate(size, floor),
             f"x {floor / mine:.2f}",
             f"x {AIM}",
             floor / mine >= AIM,
-        ),
-        Row(
-            f"{what}; floor: two bare copiers with the same pipes",
-            as_rate(size, mine),
-            as_rate(size, pipes),
-            f"x {pipes / mine:.2f}",
-            f"x {AIM}",
-            pipes / mine >= AIM,
-        ),
+        )
+        for name, floor in zip(floors, others, strict=True)
     ]
 
 
@@ -147,7 +149,8 @@ def copy_bare(ground: Ground, mode: str, size: int) -> float:
             listener.listen(1)
             listener.settimeout(TRANSFER_SECONDS)
             source = (PROBES / "guest_copy.py").read_text()
-            words = ["vm-run", VM, "python3", "-I", "-S", "-c", source, mode, str(PORT), str(size)]
+            line = GUEST_LINES.get(mode, COPY)
+            words = ["vm-run", VM, "sh", "-c", line, source, mode, str(PORT), str(size)]
             program = ground.host.popen(
                 words, user=layers.USER, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
             )
@@ -168,9 +171,9 @@ def copy_bare(ground: Ground, mode: str, size: int) -> float:
 def time_copy(guest: socket.socket, mode: str, size: int) -> float:
     guest.settimeout(TRANSFER_SECONDS)
     begin = time.monotonic()
-    if mode == "send":
+    if mode.endswith("send"):
         receive(guest, size)
-    elif mode == "receive":
+    elif mode.endswith("receive"):
         send(guest, size)
         receive(guest, 1)
     else:

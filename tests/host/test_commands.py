@@ -84,25 +84,19 @@ def test_a_vm_killed_under_a_command(site: Site) -> None:
     site.wait_for_state(name, "failed")
 
 
-@pytest.mark.parametrize(
-    ("command", "status", "error"),
-    [
+def test_exit_codes(site: Site) -> None:
+    name = site.running()
+    for command, status, error in (
         (("sh", "-c", "exit 42"), 42, ""),
         (("sh", "-c", "kill -KILL $$"), 137, ""),
         (("no-such-program",), 127, "vm-run: no-such-program: command not found\n"),
         (("/etc/passwd",), 126, "vm-run: /etc/passwd: Permission denied\n"),
-        (("--cwd", "/nowhere", "true"), 125, None),
-    ],
-)
-def test_exit_codes(site: Site, command: tuple[str, ...], status: int, error: str | None) -> None:
-    name = site.running()
-    options = command[:2] if command[0] == "--cwd" else ()
-    done = site.host.run(["vm-run", *options, name, *command[len(options) :]], user=USER, check=False)
-    assert done.returncode == status
-    if error is None:
-        assert done.stderr.startswith("vm-run: cannot enter /nowhere")
-    else:
-        assert done.stderr == error
+    ):
+        done = site.vm_run(name, *command)
+        assert (done.returncode, done.stderr) == (status, error)
+    done = site.vm_run("--cwd", "/nowhere", name, "true")
+    assert done.returncode == 125
+    assert done.stderr.startswith("vm-run: cannot enter /nowhere")
 
 
 def test_no_start(site: Site) -> None:
@@ -132,17 +126,17 @@ def test_an_unknown_vm_offers_the_closest_name(site: Site) -> None:
         assert "did you mean 'banking'?" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", "", "A", "a\nb", "-x", "a" * 32, "relayd/../x", "é"])
-def test_a_name_that_is_none(site: Site, name: str) -> None:
-    for command in (
-        ["vm-run", "--", name, "true"],
-        ["vm-start", "--", name],
-        ["vmsilo", "status", "--", name],
-    ):
-        done = site.host.run(command, user=USER, check=False)
-        assert done.returncode == (125 if command[0] == "vm-run" else 2), command
-        assert "Traceback" not in done.stderr
-        assert len(done.stderr.splitlines()) <= 2
+def test_names_that_are_none(site: Site) -> None:
+    for name in ("../x", "a/b", "", "A", "a\nb", "-x", "a" * 32, "relayd/../x", "é"):
+        for command in (
+            ["vm-run", "--", name, "true"],
+            ["vm-start", "--", name],
+            ["vmsilo", "status", "--", name],
+        ):
+            done = site.host.run(command, user=USER, check=False)
+            assert done.returncode == (125 if command[0] == "vm-run" else 2), command
+            assert "Traceback" not in done.stderr
+            assert len(done.stderr.splitlines()) <= 2
 
 
 def test_list_and_status_for_programs(site: Site) -> None:

@@ -201,7 +201,8 @@ def test_a_slow_boot_shows_what_is_waited_for(site: Site) -> None:
         vm = site.show(name)
     assert vm["Status"] == "reached basic.target"
     assert client.wait(30) == 0
-    site.host.wait_until(f"systemctl status {unit(name)} | grep -q 'Status: .*stand-in guest {name} is up'")
+    site.host.wait_until(f"systemctl status {unit(name)} | grep -q 'Status: .guest ready'")
+    site.host.wait_until(f"vmsilo status {name} | grep -q 'Status *stand-in guest {name} is up'", seconds=5)
 
 
 def test_stop_while_the_guest_boots(site: Site) -> None:

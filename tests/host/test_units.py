@@ -12,7 +12,7 @@ from hosts.standin.site import Site, unit
 def test_systemd_finds_nothing_to_say_about_any_unit(site: Site) -> None:
     needed = site.define("auto_start = true")
     site.define(f'depends_on = ["{needed}"]')
-    shipped = "/usr/lib/systemd/system/vmsilo*"
+    shipped = "$(find /usr/lib/systemd/system -maxdepth 1 -type f -name 'vmsilo*')"
     done = site.host.run(f"systemd-analyze verify {shipped} /run/systemd/system/vmsilo-*.s*", check=False)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 

@@ -1,8 +1,10 @@
 """The floor of throughput, the guest's end: bytes over a vsock connection to the host, nothing else.
 
-argv: send|receive|echo PORT BYTES. After receiving all it sends one byte.
+argv: send|receive|echo|pipe-send|pipe-receive PORT BYTES. The last two have a pipe between the bytes and
+them, as a command of vm-run's has. After receiving all it sends one byte.
 """
 
+import os
 import select
 import socket
 import sys
@@ -23,6 +25,27 @@ def receive(sock: socket.socket, left: int) -> None:
         if not count:
             raise SystemExit("the host closed")
         left -= count
+    sock.sendall(b".")
+
+
+def pipe_send(sock: socket.socket, left: int) -> None:
+    block = memoryview(bytearray(BLOCK))
+    while left:
+        count = os.readv(0, [block])
+        sock.sendall(block[:count])
+        left -= count
+
+
+def pipe_receive(sock: socket.socket, left: int) -> None:
+    block = memoryview(bytearray(BLOCK))
+    while left:
+        count = sock.recv_into(block)
+        if not count:
+            raise SystemExit("the host closed")
+        left -= count
+        written = 0
+        while written < count:
+            written += os.write(1, block[written:count])
     sock.sendall(b".")
 
 
@@ -51,7 +74,9 @@ def echo(sock: socket.socket, left: int) -> None:
 def main(mode: str, port: int, size: int) -> None:
     sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
     sock.connect((socket.VMADDR_CID_HOST, port))
-    {"send": send, "receive": receive, "echo": echo}[mode](sock, size)
+    modes = {"send": send, "receive": receive, "echo": echo}
+    modes |= {"pipe-send": pipe_send, "pipe-receive": pipe_receive}
+    modes[mode](sock, size)
     sock.settimeout(None)
     sock.recv(1)  # until the host has closed: a close of ours could overtake data in the device
 

@@ -26,7 +26,9 @@ def read(argv: list[str]) -> str:
 
 def find_units() -> list[str]:
     rows = read(["systemctl", "list-units", "--all", "--plain", "--no-legend", "vmsilo*"]).splitlines()
-    return sorted(" ".join(row.split()[:4]) for row in rows if row.split()[0] not in OWN_UNITS)
+    found = sorted(" ".join(row.split()[:4]) for row in rows if row.split()[0] not in OWN_UNITS)
+    # Of these nothing is there but the name, which systemd has heard and not yet forgotten.
+    return [row for row in found if not row.endswith(" not-found inactive dead")]
 
 
 def find_vm_processes() -> list[str]:

@@ -15,6 +15,7 @@ off, SIGUSR2 its kernel panic. kernel_params choose how VM and guest behave:
 """
 
 import array
+import contextlib
 import itertools
 import json
 import os
@@ -28,6 +29,8 @@ from typing import Any
 GUEST = "/usr/local/lib/standin/guest.py"
 GUEST_DIR = Path("/tmp/guest")  # the unit's PrivateTmp
 CPIO_HEADER = 110
+
+guests: list[int] = []
 
 
 class Machine:
@@ -90,15 +93,18 @@ def plug_in_vsock(machine: Machine) -> socket.socket:
     return sock
 
 
-def start_guest(machine: Machine, secret: str) -> int:
+def start_guest(machine: Machine, secret: str) -> None:
     host_port = str(Path(machine.vhost).with_name("vsock_701"))
     settings = {"secret": secret, "host_port": host_port, "mode": machine.mode, "delay": machine.delay}
     settings |= {"vmm": os.getpid(), "name": machine.name, "folder": str(GUEST_DIR)}
     pid = os.fork()
     if pid == 0:
+        os.setpgid(0, 0)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.execv("/usr/bin/python3", ["python3", "-IS", GUEST, json.dumps(settings)])
-    return pid
+    with contextlib.suppress(PermissionError):  # it was faster, and has executed already
+        os.setpgid(pid, pid)
+    guests.append(pid)
 
 
 class Monitor:
@@ -132,6 +138,8 @@ class Monitor:
 
 
 def leave(status: int, why: str) -> None:
+    for guest in guests:
+        os.killpg(guest, signal.SIGKILL)  # it ends without a word, as a guest does with its VMM
     say(f"standin leaves with {status}: {why}")
     os._exit(status)
 

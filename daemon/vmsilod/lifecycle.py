@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmsilod import loop
 from vmsilod.bus.views import Reloaded, VmRemoved, printable
-from vmsilod.errors import ConfigBroken, Failed, NotRunning, StartFailed, Timeout, VmsiloError
+from vmsilod.errors import Busy, ConfigBroken, Failed, NotRunning, StartFailed, Timeout, VmsiloError
 from vmsilod.spawning import send_frame, spawn_frame
 from vmsilod.systemd import INACTIVE
 from vmsilod.vm_view import view_of
@@ -81,6 +81,8 @@ class Lifecycle:
         try:
             for unit in (vm.service, vm.debug_service) if vm.debug else (vm.service,):
                 result = await self._systemd.stop(unit)
+                if result == "canceled":
+                    raise Busy(f"somebody started VM '{name}' while it was to be stopped", "try again")
                 if result != "done":
                     raise Failed(f"the stop of {unit} was not carried out: systemd says '{result}'")
             await self._settle(vm)

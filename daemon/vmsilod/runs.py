@@ -86,7 +86,7 @@ class Runs:
                 return await self._prepare(vm, vm.config, peer, state.invocation, fds)
             except VmsiloError as error:
                 await self._release(vm)
-                vm.last_result = error.message
+                vm.last_result = error.message + (f" ({error.hint})" if error.hint else "")
                 raise
             except BaseException:
                 await self._release(vm)

@@ -187,11 +187,12 @@ class Systemd:
 
     def _job_removed(self, *args: Any) -> None:
         _, job, _, result = args[5].unpack()
+        # Also when a caller waits: another may be given the same job by a reply that is still to be read.
+        if self._starting:
+            self._early[job] = result
         future = self._jobs.pop(job, None)
         if future is not None:
             future.set_result(result)
-        elif self._starting:
-            self._early[job] = result
 
     def _changed(self, *args: Any) -> None:
         unit = self._paths.get(args[2])

@@ -126,6 +126,7 @@ def run_agent(settings: dict[str, Any]) -> None:
             f"--listen=unix:{settings['folder']}/agent",
             f"--announce=unix:{settings['host_port']}",
             f"--secret-file={secret}",
+            f"--systemctl={Path(__file__).with_name('systemctl')}",
             "--poweroff-command",
             "true" if stays else f"/bin/kill -USR1 {settings['vmm']}",
         ]

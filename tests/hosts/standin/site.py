@@ -29,6 +29,7 @@ PROGRAMS = {
     "vmm.py": "/usr/local/bin/qemu-system-x86_64",
     "device.py": "/usr/local/bin/vhost-device-vsock",
     "guest.py": f"{LIB}/guest.py",
+    "guest-systemctl": f"{LIB}/systemctl",
     "inventory.py": f"{LIB}/inventory.py",
 }
 VMS = "/etc/vmsilo/vms.d"

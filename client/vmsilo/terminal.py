@@ -10,8 +10,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-ROWS_COLS_MAX = 65535
-
 
 def find_size(fd: int) -> tuple[int, int] | None:
     """Rows and columns; None where there is no terminal or it does not know."""

@@ -104,7 +104,7 @@ def ask(request: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[i
         if "error" in reply:
             raise LaunchError(reply["error"]["message"], reply["error"].get("hint", ""))
         return reply, got
-    raise LaunchError("vmsilod died while it prepared the VM", "journalctl -u vmsilod")
+    raise LaunchError(f"vmsilod died each time it was asked to {request['op']}", "journalctl -u vmsilod")
 
 
 def find_command_socket() -> list[int]:
@@ -115,8 +115,8 @@ def find_command_socket() -> list[int]:
 
 
 def place(fds: list[int], stdio: list[int] | None) -> None:
-    """Put received descriptor i at FD_BASE + i, those named by `stdio` (indexes) at 0, 1, 2, and close
-    all others.
+    """Put received descriptor i at FD_BASE + i, but those whose indexes are in `stdio` (the last ones) only
+    at 0, 1, 2; close all others.
     """
     first_free = max([FD_BASE + len(fds), *fds]) + 1
     high = []
@@ -125,9 +125,10 @@ def place(fds: list[int], stdio: list[int] | None) -> None:
         os.dup2(fd, first_free + index, inheritable=False)
     for number, index in enumerate(stdio or ()):
         os.dup2(high[index], number, inheritable=True)
-    for index, fd in enumerate(high):
+    passed = [fd for index, fd in enumerate(high) if index not in (stdio or ())]
+    for index, fd in enumerate(passed):
         os.dup2(fd, FD_BASE + index, inheritable=True)
-    os.closerange(FD_BASE + len(fds), first_free + len(fds))
+    os.closerange(FD_BASE + len(passed), first_free + len(fds))
 
 
 def notify(state: str) -> None:

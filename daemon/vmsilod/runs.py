@@ -123,7 +123,7 @@ class Runs:
                 config.image,
                 config.kernel,
                 config.initramfs,
-                config.root_disk.path if config.root_disk else None,
+                config.root_disk_path,
             ),
             root_readonly=config.root_disk_readonly,
             monitor_kind=driver.monitor_type,

@@ -59,12 +59,19 @@ INACTIVE = UnitState("inactive", "dead")
 
 
 def unit_path(unit: str) -> str:
-    """The object path of a unit: every byte but ASCII letters and digits as _xx (sd_bus_path_encode)."""
+    return f"{PATH}/unit/{escape_label(unit)}"
+
+
+def escape_label(text: str) -> str:
+    """One part of an object path: every byte but ASCII letters and digits as _xx (sd_bus_path_encode(3))."""
+    if not text:
+        return "_"
     out = []
-    for index, char in enumerate(unit):
-        plain = char.isascii() and (char.isalpha() or (char.isdigit() and index > 0))
-        out.append(char if plain else f"_{ord(char):02x}")
-    return f"{PATH}/unit/{''.join(out)}"
+    for index, byte in enumerate(text.encode()):
+        char = chr(byte)
+        plain = byte < 0x80 and (char.isalpha() or (char.isdigit() and index > 0))
+        out.append(char if plain else f"_{byte:02x}")
+    return "".join(out)
 
 
 class Systemd:
@@ -97,9 +104,6 @@ class Systemd:
     def follow(self, unit: str) -> None:
         """Call on_unit(unit) whenever systemd reports a change of this unit."""
         self._paths[unit_path(unit)] = unit
-
-    def unfollow(self, unit: str) -> None:
-        self._paths.pop(unit_path(unit), None)
 
     async def reload(self) -> None:
         await self._call("Reload", None)

@@ -45,21 +45,13 @@ class ConfigurationWatch:
     def refresh(self) -> None:
         """Watch every directory that exists by now; watching one again changes nothing."""
         for root in self._roots:
-            for directory in (
-                root.parent,
-                root,
-                root / "vms.d",
-                *root.glob("*.toml.d"),
-                *root.glob("vms.d/*.toml.d"),
-            ):
+            drop_ins = (*root.glob("*.toml.d"), *root.glob("vms.d/*.toml.d"))
+            for directory in (root.parent, root, root / "vms.d", *drop_ins):
                 try:
                     # /etc itself only tells when /etc/vmsilo comes or goes.
-                    mask = (
-                        flags.CREATE | flags.MOVED_TO | flags.ONLYDIR
-                        if directory == root.parent
-                        else CONTENT | ITSELF
+                    self._inotify.add_watch(
+                        directory, ARRIVAL if directory == root.parent else CONTENT | ITSELF
                     )
-                    self._inotify.add_watch(directory, mask)
                 except FileNotFoundError:
                     continue
                 except OSError as error:

@@ -15,7 +15,6 @@ READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
 PRIORITY = select.EPOLLPRI
 GONE = select.EPOLLRDHUP
-HANGUP = select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP
 
 Callback = Callable[[int], None]
 

@@ -101,7 +101,7 @@ def test_own_files_replace_those_of_the_image(images: Path, tmp_path: Path) -> N
     files = image.find_boot_files(BootChoice("default", kernel="/boot/own"), images)
     assert (str(files.kernel), files.initrd) == ("/boot/own", None)
     nothing = image.find_boot_files(BootChoice("gone", kernel="/k", root_disk="/d"), tmp_path / "none")
-    assert (nothing.root_format, nothing.version) == ("raw", "custom")
+    assert (str(nothing.root), nothing.version) == ("/d", "custom")
 
 
 def test_the_secret_is_behind_the_initrd_and_sealed(images: Path) -> None:

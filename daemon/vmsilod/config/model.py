@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from vmsilod.config.color import parse_color
 from vmsilod.config.schema import (
     AbsolutePath,
     AccountName,
@@ -60,11 +59,6 @@ class VmConfig(Table):
     start_timeout: Seconds
     stop_timeout: Seconds
     sources: Annotated[tuple[str, ...], Field(strict=False)] = ()
-
-    @property
-    def rgb(self) -> tuple[int, int, int]:
-        """Red, green and blue of `color`, 0-255 each."""
-        return parse_color(self.color)
 
     @property
     def root_disk_path(self) -> str | None:

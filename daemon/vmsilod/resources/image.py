@@ -26,12 +26,11 @@ COPY_CHUNK = 1 << 24
 
 @dataclass(frozen=True)
 class BootFiles:
-    """Paths; `initrd` may be None only with a custom kernel. `root_format` is "erofs" or "raw"."""
+    """Paths; `initrd` may be None only with a custom kernel."""
 
     kernel: Path
     initrd: Path | None
     root: Path
-    root_format: str
     version: str
 
 
@@ -65,7 +64,6 @@ def find_boot_files(choice: BootChoice, images: Path = IMAGES_DIR) -> BootFiles:
         kernel=Path(choice.kernel) if choice.kernel else base / "vmlinuz",
         initrd=initrd,
         root=Path(choice.root_disk) if choice.root_disk else base / "root.erofs",
-        root_format="raw" if choice.root_disk else "erofs",
         version=base.name if needs_image else "custom",
     )
 

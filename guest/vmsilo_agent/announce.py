@@ -15,6 +15,9 @@ RETRY_FIRST = 0.1
 RETRY_MOST = 5.0
 _TIMEOUT = 5.0  # for one delivery
 _LEAVING_TIMEOUT = 1.0
+# PID 1 says READY=1 once and does not try again. The agent, which does, says it too, for the case that the
+# relay was killed as it heard it: this long after its start, off the boot's path.
+_BACKSTOP = 30.0
 SYSTEMD_NOTIFY_VSOCK = 254  # the first systemd whose PID 1 reports to vmm.notify_socket over vsock
 
 
@@ -124,7 +127,7 @@ class Announcer:
         self._delay = min(self._delay * 2, RETRY_MOST)
 
 
-def announce(loop: Loop, announcer: Announcer, systemctl: str) -> None:
+def announce(loop: Loop, announcer: Announcer, systemctl: str, backstop: float = _BACKSTOP) -> None:
     """Says that the agent listens and who reports readiness; does that itself where systemd is too old."""
 
     def told_version(status: int, untrusted_output: bytes) -> None:
@@ -132,6 +135,7 @@ def announce(loop: Loop, announcer: Announcer, systemctl: str) -> None:
         version = words[1] if not status and len(words) > 1 else b""
         if version.isdigit() and int(version) >= SYSTEMD_NOTIFY_VSOCK:
             announcer.send("X_VMSILO_AGENT=1\nX_VMSILO_READY_FROM=systemd\n")
+            loop.call_later(backstop, lambda: run_or_say_ready(("is-system-running", "--wait")))
         else:
             announcer.send("X_VMSILO_AGENT=1\nX_VMSILO_READY_FROM=agent\n")
             run_or_say_ready(("is-system-running", "--wait"))

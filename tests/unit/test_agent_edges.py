@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import pwd
 import socket
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
 import vmsilo_wire as wire
 from agent_client import SECRET, AgentProcess, Client, connect, wait_for
+from vmsilo_agent.announce import Announcer, announce
 from vmsilo_agent.child import read_session_env
+from vmsilo_agent.loop import Loop
 from vmsilo_wire.payload import encode_hello, parse_error
 
 if TYPE_CHECKING:
@@ -231,6 +234,34 @@ def test_announcement_reaches_a_relay_that_comes_late(
                 assert peer.recv(4096) == b"X_VMSILO_AGENT=0\n"
     finally:
         agent.stop()
+
+
+def test_readiness_that_nobody_heard_is_said_again(tmp_path: Path) -> None:
+    """PID 1's own READY=1 may have met a relay that was just killed."""
+    fake = tmp_path / "systemctl"
+    fake.write_text("#!/bin/sh\necho 'systemd 257 (257)'\n")
+    fake.chmod(0o755)
+    loop = Loop()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(tmp_path / "relay.sock"))
+        listener.listen(2)
+        listener.settimeout(10)
+        announce(loop, Announcer(loop, str(tmp_path / "relay.sock")), str(fake), backstop=0.05)
+        heard = []
+
+        def hear() -> None:
+            for _ in range(2):
+                peer, _address = listener.accept()
+                with peer:
+                    heard.append(peer.recv(4096).decode())
+            loop.call_later(0, loop.stop)
+
+        thread = threading.Thread(target=hear)
+        thread.start()
+        loop.call_later(10, loop.stop)
+        loop.run()
+        thread.join(10)
+    assert heard == ["X_VMSILO_AGENT=1\nX_VMSILO_READY_FROM=systemd\n", "READY=1\n"]
 
 
 def test_systemd_is_told_once_the_agent_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,22 +74,26 @@ class Runs:
             if state.active != "activating" or state.main_pid != peer.pid:
                 raise BadRequest(f"process {peer.pid} is not the starting main process of {peer.unit}")
             if vm.record is not None:
-                await self._release(
-                    vm
-                )  # of an ended run, or of this one when the last vmsilod died before it answered
-            vm.debug = peer.unit == vm.debug_service
-            if vm.debug and vm.name not in self.debug_terminals:
-                raise StartFailed(f"{peer.unit} has no terminal", f"start it by: vm-start-debug {vm.name}")
-            if vm.config is None:
-                raise ConfigBroken(f"VM '{vm.name}' is disabled: {'; '.join(vm.problems)}", "vmsilo check")
+                # Of an ended run; or of this one, when the last vmsilod died before it answered. Then the
+                # relay keeps the VM with the clients that wait for it, until it is registered anew.
+                await self._release(vm, again=vm.record.invocation == state.invocation)
             try:
+                vm.debug = peer.unit == vm.debug_service
+                if vm.debug and vm.name not in self.debug_terminals:
+                    raise StartFailed(
+                        f"{peer.unit} has no terminal", f"start it by: vm-start-debug {vm.name}"
+                    )
+                if vm.config is None:
+                    raise ConfigBroken(
+                        f"VM '{vm.name}' is disabled: {'; '.join(vm.problems)}", "vmsilo check"
+                    )
                 return await self._prepare(vm, vm.config, peer, state.invocation, fds)
             except VmsiloError as error:
-                await self._release(vm)
+                await self._abandon(vm, state.invocation)
                 vm.last_result = error.message + (f" ({error.hint})" if error.hint else "")
                 raise
             except BaseException:
-                await self._release(vm)
+                await self._abandon(vm, state.invocation)
                 raise
 
     async def _prepare(
@@ -240,14 +244,23 @@ class Runs:
                 return
             await self._release(vm)
 
-    async def _release(self, vm: Vm) -> None:
-        record, generation = vm.record, vm.record.invocation if vm.record else ""
-        if record is not None and self._relay is not None:
-            try:
-                await self._relay.remove(vm.name, generation)
-            except VmsiloError as error:
-                # The relay forgets what systemd says is gone when we meet it again: see repair().
-                log.warning("VM %s: the relay did not take the removal (%s)", vm.name, error)
+    async def _abandon(self, vm: Vm, invocation: str) -> None:
+        await self._forget_in_relay(vm.name, invocation)
+        await self._release(vm)
+
+    async def _forget_in_relay(self, name: str, generation: str) -> None:
+        if self._relay is None:
+            return
+        try:
+            await self._relay.remove(name, generation)
+        except VmsiloError as error:
+            # What the relay has and we have not is removed when we meet it again: agree_with_relay().
+            log.warning("VM %s: the relay did not take the removal (%s)", name, error)
+
+    async def _release(self, vm: Vm, *, again: bool = False) -> None:
+        record = vm.record
+        if record is not None and not again:
+            await self._forget_in_relay(vm.name, record.invocation)
         # Only now may anybody take the CID: while the relay knew it, its new owner would have passed for the
         # VM.
         cid_fd, vm.cid_fd = vm.cid_fd, None

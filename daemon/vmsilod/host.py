@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vmsilod.errors import Failed, StartFailed
 from vmsilod.resources import vsock
-from vmsilod.vmm.choose import probe_kvm
+from vmsilod.vmm.choose import KvmStatus, probe_kvm
 
 RELAY_GROUP = "vmsilo"
 LIBDIR = Path(os.environ.get("VMSILO_LIBDIR", "/usr/local/lib/vmsilo"))
@@ -27,7 +27,7 @@ class Host:
     kernel_vsock: bool
     hybrid_device: str | None
     groups: frozenset[str]
-    kvm: bool
+    kvm: KvmStatus
 
     @property
     def hybrid(self) -> bool:
@@ -49,7 +49,7 @@ def probe_host() -> Host:
     kernel = vsock.has_kernel_vsock()
     hybrid = None if kernel else vsock.find_hybrid_device()
     groups = frozenset(group.gr_name for group in grp.getgrall())
-    return Host(relay_gid, kernel, hybrid, groups, kvm=probe_kvm().usable)
+    return Host(relay_gid, kernel, hybrid, groups, kvm=probe_kvm())
 
 
 def find_uid(user: str) -> int:

@@ -171,7 +171,7 @@ def belongs_to(path: Path, user: str) -> bool:
 def context_for(config: VmConfig, host: Host) -> UnitContext:
     """Without a VMM the units are written all the same: the start says what is missing."""
     try:
-        kind = choose_vmm(config.vmm, kvm=host.kvm).kind
+        kind = choose_vmm(config.vmm, kvm=host.kvm.usable).kind
     except (MissingVmm, KvmNeeded):
         kind = VmmKind.CROSVM if config.vmm == "crosvm" else VmmKind.QEMU
     paths = UnitPaths(libdir=str(LIBDIR))

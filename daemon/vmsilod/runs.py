@@ -24,7 +24,7 @@ from vmsilod.resources.image import BootChoice
 from vmsilod.resources.record import Record
 from vmsilod.units.render import vsock_unit
 from vmsilod.vmm import drivers, launch
-from vmsilod.vmm.choose import TCG_WARNING, VmmKind, choose_vmm, probe_kvm
+from vmsilod.vmm.choose import TCG_WARNING, VmmKind, choose_vmm
 from vmsilod.vmm.crosvm import find_disk_format
 from vmsilod.vmm.errors import MonitorError
 
@@ -102,9 +102,8 @@ class Runs:
         vm.killing, vm.stop_deadline = False, None
         host = await loop.in_worker(probe_host)
         host.require_vsock()
-        kvm = await loop.in_worker(probe_kvm)
         # The VMM that the unit was written for: crosvm could not live in the sandbox of QEMU's.
-        choice = choose_vmm(vm.vmm or config.vmm, kvm=kvm.usable)
+        choice = choose_vmm(vm.vmm or config.vmm, kvm=host.kvm.usable)
         driver = drivers.DRIVERS[choice.kind]
         vm.record = Record(
             name=vm.name,
@@ -143,12 +142,12 @@ class Runs:
                 await loop.in_worker(refuse_foreign_format, acquired.root_fd)
             planned = driver.plan_launch(
                 shape_of(config),
-                leases_of(config, peer, acquired, kvm=kvm.usable),
+                leases_of(config, peer, acquired, kvm=host.kvm.usable),
                 console=launch.Console.STDIO if terminals else launch.Console.NONE,
                 binary=choice.binary,
             )
-            if choice.kind is VmmKind.QEMU and not kvm.usable:
-                log.warning("VM %s: %s (%s)", vm.name, TCG_WARNING, kvm.reason)
+            if choice.kind is VmmKind.QEMU and not host.kvm.usable:
+                log.warning("VM %s: %s (%s)", vm.name, TCG_WARNING, host.kvm.reason)
             vm.record = dataclasses.replace(vm.record, cid=acquired.cid, launched=True)
             await loop.in_worker(records.save_record, vm.record)
         except BaseException:

@@ -20,8 +20,6 @@ from vmsilod.vmm.outcome import Outcome, OutcomeKind, explain_signal
 if TYPE_CHECKING:
     from vmsilod.vmm.launch import Disk, Leases, VmShape
 
-"""An existing empty directory, the jails' root; crosvm's own default /var/empty is not there on Debian."""
-
 # vhost-device-vsock refuses crosvm's default of 32768 (rust-vmm/vhost-device issue 458).
 VHOST_USER_QUEUE_SIZE = 1024
 # The backend is listening before; this only covers a restart of it between the check and the connect.

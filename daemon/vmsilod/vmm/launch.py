@@ -101,7 +101,7 @@ class Leases:
     initrd_fd: int | None
     kvm: bool
     empty_dir: str
-    """An existing empty directory: crosvm pivots its device jails into it."""
+    """An existing empty directory, the root of crosvm's device jails (Debian has no /var/empty)."""
     root: Disk | None
     """The first virtio disk: the read-only erofs image, or a writable raw one."""
 

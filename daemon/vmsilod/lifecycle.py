@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from vmsilod.bus.requests import RunRequest
     from vmsilod.bus.views import Change, VmView
+    from vmsilod.pci.claims import PciClaims
+    from vmsilod.pci.ledger import PciView
     from vmsilod.publication import Publication
     from vmsilod.registry import Registry, Vm
     from vmsilod.runs import Runs
@@ -42,8 +44,11 @@ DEFAULT_START_SECONDS = 180.0
 class Lifecycle:
     """`bus.service.Domain` over the registry; tells each subscriber of every change."""
 
-    def __init__(self, registry: Registry, systemd: Systemd, runs: Runs, publication: Publication) -> None:
+    def __init__(
+        self, registry: Registry, systemd: Systemd, pci: PciClaims, runs: Runs, publication: Publication
+    ) -> None:
         self._registry = registry
+        self._pci = pci
         self._systemd = systemd
         self._runs = runs
         self._publication = publication
@@ -132,6 +137,15 @@ class Lifecycle:
 
     async def check(self) -> list[dict[str, str]]:
         return await self._publication.check()
+
+    async def find_pci(self) -> list[PciView]:
+        return await self._pci.find_views()
+
+    async def claim_pci(self, address: str) -> None:
+        await self._pci.claim(address)
+
+    async def release_pci(self, address: str) -> str:
+        return await self._pci.give_back(address)
 
     async def start_debug(self, name: str, fds: Sequence[int]) -> str:
         """Start the VM in its debug unit with its console on `fds` (three; ours from here on)."""

@@ -24,6 +24,7 @@ from vmsilod.config.load import DEFAULT_ROOTS
 from vmsilod.control import ControlServer
 from vmsilod.errors import VmsiloError
 from vmsilod.lifecycle import Lifecycle
+from vmsilod.pci.claims import PciClaims
 from vmsilod.publication import Publication
 from vmsilod.registry import Registry
 from vmsilod.relay_client import RelayClient
@@ -49,9 +50,10 @@ class Daemon:
         self._con = service.connect()
         self._registry = Registry()
         self._systemd = Systemd(self._con, lambda unit: self._lifecycle.unit_changed(unit))
-        self._publication = Publication(self._registry, self._systemd)
-        self._runs = Runs(self._registry, self._systemd, lambda vm: self._lifecycle.changed(vm))
-        self._lifecycle = Lifecycle(self._registry, self._systemd, self._runs, self._publication)
+        self._pci = PciClaims(self._systemd.start)
+        self._publication = Publication(self._registry, self._systemd, self._pci)
+        self._runs = Runs(self._registry, self._systemd, self._pci, lambda vm: self._lifecycle.changed(vm))
+        self._lifecycle = Lifecycle(self._registry, self._systemd, self._pci, self._runs, self._publication)
         self._publication.on_applied = self._lifecycle.configuration_applied
         self._control_socket = control
 

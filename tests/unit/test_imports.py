@@ -27,6 +27,7 @@ LAYERS = (
     {"vmsilod.errors"},
     {"vmsilod.loop"},
     {"vmsilod.waiting"},
+    {"vmsilod.pci"},
     {"vmsilod.config", "vmsilod.resources", "vmsilod.vmm", "vmsilod.systemd"},
     {"vmsilod.units", "vmsilod.bus", "vmsilod.host"},
     {"vmsilod.registry", "vmsilod.relay_client", "vmsilod.control", "vmsilod.preparation", "vmsilod.watch"},

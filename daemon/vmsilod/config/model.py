@@ -20,6 +20,7 @@ from vmsilod.config.schema import (
     GlobalConfig,
     ImageName,
     KernelParams,
+    PciDevices,
     QemuOptions,
     RootDisk,
     Seconds,
@@ -56,6 +57,7 @@ class VmConfig(Table):
     qemu: QemuOptions = QemuOptions()
     auto_start: bool = False
     depends_on: VmNames = ()
+    pci_devices: PciDevices = ()
     start_timeout: Seconds
     stop_timeout: Seconds
     sources: Annotated[tuple[str, ...], Field(strict=False)] = ()

@@ -127,6 +127,7 @@ CROSVM_RUN = {
     "--vhost-user": True,  # 1.7
     "--vhost-user-connect-timeout-ms": True,  # 1.7
     "--serial": True,  # 1.11
+    "--vfio": True,  # 1.14
     "--socket": True,  # 1.15
     "--pivot-root": True,  # 1.16
 }
@@ -159,7 +160,7 @@ def read_options(argv: list[str], grammar: dict[str, bool]) -> list[str]:
     while rest and rest[0].startswith("-"):
         option = rest.pop(0)
         assert option in grammar
-        assert option not in seen, "crosvm refuses a repeated single option"
+        assert option not in seen or option == "--vfio", "crosvm refuses a repeated single option"
         seen.add(option)
         if not grammar[option]:
             continue

@@ -29,7 +29,7 @@ _STOP_MARGIN = 10
 _PREPARE_TIMEOUT = 90
 # Bytes: below the kernel's SKB_WITH_OVERHEAD(32 KiB), above which its vsock packets are not linear.
 _HYBRID_BUFFER = 28 * 1024
-PCI_MODULES = "modprobe@vfio.service modprobe@vfio_pci.service"
+PCI_MODULE = "modprobe@vfio_pci.service"
 _ACCOUNT = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _PATH = re.compile(r"/[A-Za-z0-9_./+-]*")
 
@@ -250,8 +250,8 @@ def _render_pci_order(vm: VmConfig) -> str:
         return ""
     return f"""\
 # pci_devices: systemd needs the device numbers when it makes the device policy.
-Wants={PCI_MODULES}
-After={PCI_MODULES}
+Wants={PCI_MODULE}
+After={PCI_MODULE}
 """
 
 

@@ -125,6 +125,22 @@ def test_no_iommu(tmp_path: Path) -> None:
     assert "intel_iommu=on" in error.hint
 
 
+def test_an_iommu_without_interrupt_remapping(tmp_path: Path) -> None:
+    tree = lone_nic(tmp_path)
+    tree.put(
+        "proc/interrupts", "  9:  0  0  IO-APIC  9-fasteoi acpi\n 24: 0 0 PCI-MSI-0000:01:00.0 enp1s0\n"
+    )
+    parameter = tree.put("sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts", "N\n")
+    error = refusal(tree, NIC)
+    assert "does not remap interrupts, so 0000:01:00.0 (" in error.message
+    assert "allow_unsafe_interrupts=1" in error.hint
+    parameter.write_text("Y\n")
+    assert plan(tree, NIC)
+    parameter.write_text("N\n")
+    tree.put("proc/interrupts", "  9:  0  0  IR-IO-APIC  9-fasteoi acpi\n")
+    assert plan(tree, NIC)
+
+
 def test_a_device_that_the_iommu_does_not_cover(tmp_path: Path) -> None:
     tree = PciTree(tmp_path, Spec(NIC), *chipset())
     assert "is in no IOMMU group" in refusal(tree, NIC).message

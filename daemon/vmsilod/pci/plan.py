@@ -24,6 +24,12 @@ NO_IOMMU_HINT = (
 )
 
 
+FORGED_INTERRUPTS_HINT = (
+    "switch on interrupt remapping (x2APIC) in the firmware, and boot without intremap=off; or accept that the"
+    " guest may disturb this host: options vfio_iommu_type1 allow_unsafe_interrupts=1 in /etc/modprobe.d"
+)
+
+
 class Refused(StartFailed):
     """A device cannot be given away."""
 
@@ -103,6 +109,11 @@ def plan_start(topology: Topology, usage: Usage, known: Known, wanted: Wanted) -
     for function in functions:
         _check_device(topology, function)
         _check_known(function, known, wanted.vm)
+    if topology.forged_interrupts and functions:
+        raise Refused(
+            f"this host's IOMMU does not remap interrupts, so {functions[0].shown} could forge any",
+            FORGED_INTERRUPTS_HINT,
+        )
     for function in functions:
         _check_group(topology, function, known, wanted)
         _check_usage(function, usage)

@@ -86,6 +86,8 @@ class Function:
 @dataclass(frozen=True)
 class Topology:
     functions: Mapping[str, Function] = field(default_factory=dict)
+    forged_interrupts: bool = False
+    """A device could send any interrupt to the host, and VFIO refuses to start because of that."""
 
     @property
     def has_iommu(self) -> bool:
@@ -110,7 +112,20 @@ def read_topology(roots: Roots) -> Topology:
         if function is not None:
             found[function.address] = function
     names = _find_names(found.values(), roots)
-    return Topology({a: _named(function, names) for a, function in found.items()})
+    named = {address: _named(function, names) for address, function in found.items()}
+    return Topology(named, forged_interrupts=_find_forged_interrupts(roots))
+
+
+def _find_forged_interrupts(roots: Roots) -> bool:
+    """x86 without interrupt remapping, whose interrupts have other names, unless its risk was accepted."""
+    accepted = read_text(roots.sys / "module/vfio_iommu_type1/parameters/allow_unsafe_interrupts")
+    if accepted != "N":
+        return False
+    try:
+        lines = (roots.proc / "interrupts").read_text(errors="replace")
+    except OSError:
+        return False
+    return "IO-APIC" in lines and "IR-" not in lines
 
 
 def read_text(path: Path) -> str:

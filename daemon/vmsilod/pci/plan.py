@@ -25,8 +25,8 @@ NO_IOMMU_HINT = (
 
 
 FORGED_INTERRUPTS_HINT = (
-    "switch on interrupt remapping in the firmware, and boot without intremap=off; or accept that the guest may"
-    " disturb this host: options vfio_iommu_type1 allow_unsafe_interrupts=1 in /etc/modprobe.d"
+    "switch on interrupt remapping in the firmware, and boot without intremap=off; or accept that the guest"
+    " may disturb this host: options vfio_iommu_type1 allow_unsafe_interrupts=1 in /etc/modprobe.d"
 )
 
 

@@ -3,7 +3,7 @@
 vmsilod gives a connection to the guest's sshd, the login's private key as a memory file and the guest's host
 key. This process becomes ssh, so terminal, signals and exit status are ssh's own. ssh closes every
 descriptor that it inherits; so a small process beside it (the holder) keeps key and known host, which ssh
-opens through /proc, and hands the connection to ssh's ProxyCommand. It ends with ssh, whatever ends that, and
+opens through /proc, and hands the connection to the ProxyCommand. It ends with ssh, whatever ends that, and
 nothing was on a disk.
 """
 
@@ -128,10 +128,10 @@ def alias(name: str) -> str:
 
 
 def plan_proxy(address: str) -> str:
-    """A line for /bin/sh; `%` is ssh's."""
+    """A line for `/bin/sh -c "exec LINE"`; `%` is ssh's."""
     words = (sys.executable or "/usr/bin/python3", "-IS", PASSER, address)
     quoted = ("'" + word.replace("'", "'\\''") + "'" for word in words)
-    return "exec " + " ".join(quoted).replace("%", "%%")
+    return " ".join(quoted).replace("%", "%%")
 
 
 def plan_argv(

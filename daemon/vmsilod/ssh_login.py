@@ -10,7 +10,7 @@ import os
 from typing import TYPE_CHECKING
 
 from vmsilod import loop
-from vmsilod.errors import Failed, VmsiloError
+from vmsilod.errors import NoSsh, NotRunning, VmsiloError
 from vmsilod.resources import ssh_keys
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ async def open_login(vm: Vm, request: SshRequest, relay: RelayClient) -> tuple[i
     """(connection, private key, login, host key); the caller owns the two descriptors."""
     started, record = vm.started, vm.record
     if started is None or record is None:
-        raise Failed(f"VM '{vm.name}' stopped meanwhile", "try again")
+        raise NotRunning(f"VM '{vm.name}' stopped meanwhile", "try again")
     if not started.ssh:
-        raise Failed(f"VM '{vm.name}' was started with ssh = false", f"vm-run {vm.name}")
+        raise NoSsh(f"VM '{vm.name}' was started with ssh = false", f"vm-run {vm.name}")
     key = "root" if request.root else "user"
     door = await loop.in_worker(ssh_keys.open_door, vm.name, key, request.uid)
     try:
@@ -37,7 +37,7 @@ async def open_login(vm: Vm, request: SshRequest, relay: RelayClient) -> tuple[i
         os.close(door.key_fd)
         if error.code != UNREACHABLE:
             raise
-        raise Failed(
+        raise NoSsh(
             error.message, "its image needs openssh-server: vmsilo image build, then restart the VM"
         ) from error
     except BaseException:

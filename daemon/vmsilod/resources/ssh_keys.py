@@ -18,7 +18,7 @@ from pathlib import Path
 
 from vmsilo_image.cpio import SshKeys
 
-from vmsilod.errors import Failed
+from vmsilod.errors import Failed, NoSsh
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def open_door(name: str, key: str, uid: int, root: Path = SSH_DIR) -> Door:
     """For a caller of that uid, who alone can open the memory file again; `key` is "user" or "root"."""
     folder = root / name
     if not is_whole(folder):
-        raise Failed(f"VM '{name}' was started without ssh keys: {KEYGEN} is not installed", HINT)
+        raise NoSsh(f"VM '{name}' was started without ssh keys: {KEYGEN} is not installed", HINT)
     host_key = b" ".join(_read(folder / "host.pub").split()[:2]).decode()
     return Door(_seal(_read(folder / key), uid), host_key)
 

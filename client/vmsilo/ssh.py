@@ -13,8 +13,8 @@ import socket
 import struct
 import sys
 
-from vmsilo.bus import Bus, is_interactive
-from vmsilo.errors import ClientError
+from vmsilo.bus import Bus, check_known, is_interactive
+from vmsilo.errors import ClientError, write_stderr
 from vmsilo.place import Place
 
 TYPE_CHECKING = False
@@ -111,6 +111,9 @@ def ask_login(name: str, place: Place, *, root: bool) -> Login:
     options: dict[str, tuple[str, Any]] = {"root": ("b", True)} if root else {}
     bus = Bus(place, interactive=is_interactive())
     try:
+        vm = check_known(bus, name, place)
+        if vm.get("State") != "running" and os.isatty(2):
+            write_stderr(f"vm-shell: starting {name}\n")
         stream, key, login, host_key = bus.call(
             "OpenSsh", "sa{sv}", (name, options), wait=START_WAIT + POLKIT_WAIT
         )

@@ -96,7 +96,8 @@ def test_the_guests_user_is_the_manifests(images: Path) -> None:
     assert image.find_boot_files(BootChoice("default"), images).login == "user"
     manifest.write_text(json.dumps({"user": "anna"}))
     assert image.find_boot_files(BootChoice("default"), images).login == "anna"
-    for bad in ({"user": "../x"}, {"user": 5}, []):
+    wrong: tuple[object, ...] = ({"user": "../x"}, {"user": 5}, [])
+    for bad in wrong:
         manifest.write_text(json.dumps(bad))
         with pytest.raises(StartFailed):
             image.find_boot_files(BootChoice("default"), images)

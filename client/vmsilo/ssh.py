@@ -73,14 +73,14 @@ def main(name: str, *, root: bool, command: list[str], place: Place) -> int:
     """Starts the VM where needed, and becomes ssh: returns never, raises ClientError."""
     program = find_program(PROGRAM)
     login = ask_login(name, place, root=root)
-    known_fd = os.memfd_create("vmsilo-known-hosts", os.MFD_CLOEXEC)
-    os.fchmod(known_fd, 0o400)
-    os.write(known_fd, known_host(name, login.host_key).encode())
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    address = f"vmsilo-ssh-{os.urandom(16).hex()}"
-    listener.bind(b"\0" + address.encode())  # without a file, so there is none to remove
-    listener.listen(1)
-    holder = start_holder(listener, login.stream_fd)
+    try:
+        known_fd = os.memfd_create("vmsilo-known-hosts", os.MFD_CLOEXEC)
+        os.fchmod(known_fd, 0o400)
+        os.write(known_fd, known_host(name, login.host_key).encode())
+        address = f"vmsilo-ssh-{os.urandom(16).hex()}"
+        holder = start_holder(address, login.stream_fd)
+    except OSError as exc:
+        raise ClientError(f"cannot prepare a start of ssh: {exc.strerror}") from exc
     argv = plan_argv(
         name,
         login=login.login,
@@ -153,8 +153,12 @@ def plan_argv(
     return [*argv, "--", name, *command]
 
 
-def start_holder(listener: socket.socket, stream_fd: int) -> int:
+def start_holder(address: str, stream_fd: int) -> int:
     """Its PID; it has every descriptor of ours. It is no child of ours: ssh would not wait for it."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(b"\0" + address.encode())  # without a file, so there is none to remove
+    listener.listen(1)
+    listener.settimeout(0)
     watched = os.pidfd_open(os.getpid())  # stays ours when we become ssh
     read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
     child = os.fork()
@@ -206,7 +210,10 @@ def hold(listener: socket.socket, stream_fd: int, watched: int) -> None:
 
 def pass_stream(listener: socket.socket, stream_fd: int) -> bool:
     """False for a stranger: the address is in ssh's argv, which everybody reads."""
-    peer, _address = listener.accept()
+    try:
+        peer, _address = listener.accept()
+    except OSError:
+        return False  # it went; the next may come
     try:
         _pid, uid, _gid = UCRED.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
         if uid != os.getuid():
@@ -214,7 +221,7 @@ def pass_stream(listener: socket.socket, stream_fd: int) -> bool:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", stream_fd))]
         peer.sendmsg([b"\0"], rights, socket.MSG_NOSIGNAL)
     except OSError:
-        return False  # it went; the next may come
+        return False
     finally:
         peer.close()
     return True

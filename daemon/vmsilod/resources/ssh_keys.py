@@ -134,14 +134,17 @@ def _sync(path: Path) -> None:
 
 def _seal(data: bytes, uid: int) -> int:
     """ssh refuses a key that others than its owner could read, and opens it by a path."""
-    fd = os.memfd_create("vmsilo-ssh-key", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        fd = os.memfd_create("vmsilo-ssh-key", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError as error:
+        raise Failed(f"no memory file for a key: {error.strerror}") from error
     try:
         os.write(fd, data)
         os.fchmod(fd, 0o400)
         os.fchown(fd, uid, -1)
         seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
-    except BaseException:
+    except OSError as error:
         os.close(fd)
-        raise
+        raise Failed(f"no memory file for a key: {error.strerror}") from error
     return fd

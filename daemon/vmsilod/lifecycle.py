@@ -15,7 +15,7 @@ import time
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-from vmsilod import loop
+from vmsilod import loop, ssh_login
 from vmsilod.bus.views import Reloaded, VmRemoved, printable
 from vmsilod.errors import Busy, ConfigBroken, Failed, NotRunning, StartFailed, Timeout, VmsiloError
 from vmsilod.spawning import send_frame, spawn_frame
@@ -27,7 +27,7 @@ from vmsilod.vmm.choose import VmmKind
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from vmsilod.bus.requests import RunRequest
+    from vmsilod.bus.requests import RunRequest, SshRequest
     from vmsilod.bus.views import Change, VmView
     from vmsilod.publication import Publication
     from vmsilod.registry import Registry, Vm
@@ -114,11 +114,7 @@ class Lifecycle:
         """The descriptor of a connection on which the agent already has the command."""
         vm = self._registry.require(request.name)
         frame = spawn_frame(request)
-        if not vm.is_up:
-            if not request.start:
-                raise NotRunning(f"VM '{vm.name}' is not running", f"vm-start {vm.name}")
-            await self.start(vm.name, wait=False)
-        await self._await_ready(vm)
+        await self._bring_up(vm, may_start=request.start)
         fd = await self._runs.relay.connect(vm.name, "root" if request.root else "user")
         try:
             await loop.in_worker(send_frame, fd, frame)
@@ -126,6 +122,19 @@ class Lifecycle:
             os.close(fd)
             raise
         return fd
+
+    async def open_ssh(self, request: SshRequest) -> tuple[int, int, str, str]:
+        """What a login by ssh needs: connection and private key (descriptors), the login, the host key."""
+        vm = self._registry.require(request.name)
+        await self._bring_up(vm, may_start=request.start)
+        return await ssh_login.open_login(vm, request, self._runs.relay)
+
+    async def _bring_up(self, vm: Vm, *, may_start: bool) -> None:
+        if not vm.is_up:
+            if not may_start:
+                raise NotRunning(f"VM '{vm.name}' is not running", f"vm-start {vm.name}")
+            await self.start(vm.name, wait=False)
+        await self._await_ready(vm)
 
     async def reload(self) -> list[str]:
         return [str(problem) for problem in await self._publication.reload()]

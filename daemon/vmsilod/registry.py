@@ -142,6 +142,10 @@ class Registry:
             if vm.name not in names:
                 vm.config, vm.configured, vm.problems = None, False, ("its configuration file is gone",)
 
+    def names_in_use(self) -> frozenset[str]:
+        """The VMs that are configured, however badly, or still hold something."""
+        return frozenset(vm.name for vm in self if vm.configured or vm.is_up or vm.record is not None)
+
     def drop_gone(self) -> list[str]:
         """Remove and name the VMs that are neither configured nor running."""
         gone = [

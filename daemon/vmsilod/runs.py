@@ -130,6 +130,7 @@ class Runs:
             ),
             root_readonly=config.root_disk_readonly,
             monitor_kind=driver.monitor_type,
+            ssh=config.ssh,
         )
         acquired = await loop.in_worker(preparation.acquire, request)
         terminals = self.debug_terminals.pop(vm.name, []) if vm.debug else []
@@ -148,7 +149,9 @@ class Runs:
             )
             if choice.kind is VmmKind.QEMU and not host.kvm.usable:
                 log.warning("VM %s: %s (%s)", vm.name, TCG_WARNING, host.kvm.reason)
-            vm.record = dataclasses.replace(vm.record, cid=acquired.cid, launched=True)
+            vm.record = dataclasses.replace(
+                vm.record, cid=acquired.cid, launched=True, login=acquired.files.login
+            )
             await loop.in_worker(records.save_record, vm.record)
         except BaseException:
             for fd in [*acquired.fds(), *terminals]:

@@ -14,7 +14,7 @@ from vmsilod.bus.requests import describe_command
 from vmsilod.errors import BadRequest, Denied
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
 VIEW = "org.vmsilo1.view"
 START = "org.vmsilo1.start"
@@ -28,6 +28,9 @@ ACTIONS = (VIEW, START, STOP, KILL, RUN, RUN_AS_ROOT, DEBUG, RELOAD)
 
 MANAGER_INTERFACE = "org.vmsilo1.Manager"
 VM_INTERFACE = "org.vmsilo1.VM"
+# The detail `command` of a login by ssh, which can run any.
+SSH_COMMAND = "(any, by ssh)"
+
 PROPERTIES_INTERFACE = "org.freedesktop.DBus.Properties"
 OBJECTS_INTERFACE = "org.freedesktop.DBus.ObjectManager"
 
@@ -72,11 +75,20 @@ def _of_named(*actions: str) -> Callable[[Message], Need]:
 
 def _of_run(message: Message) -> Need:
     *name, argv, options = message.arguments
+    return _of_login(message, name, options, describe_command(argv))
+
+
+def _of_ssh(message: Message) -> Need:
+    *name, options = message.arguments
+    return _of_login(message, name, options, SSH_COMMAND)
+
+
+def _of_login(message: Message, name: Sequence[str], options: Mapping[str, Any], command: str) -> Need:
     root = options.get("root", False)
     if type(root) is not bool:
         raise BadRequest("option 'root' is not of type bool")
     vm = check_name(name[0]) if message.vm is None else message.vm
-    return Need((RUN_AS_ROOT if root else RUN,), {"vm": vm, "command": describe_command(argv)})
+    return Need((RUN_AS_ROOT if root else RUN,), {"vm": vm, "command": command})
 
 
 _TABLE: dict[tuple[str, str], Callable[[Message], Need]] = {
@@ -91,10 +103,12 @@ _TABLE: dict[tuple[str, str], Callable[[Message], Need]] = {
     (MANAGER_INTERFACE, "Kill"): _of_named(KILL),
     (MANAGER_INTERFACE, "Restart"): _of_named(STOP, START),
     (MANAGER_INTERFACE, "Run"): _of_run,
+    (MANAGER_INTERFACE, "OpenSsh"): _of_ssh,
     (MANAGER_INTERFACE, "StartDebug"): _of_named(DEBUG),
     (VM_INTERFACE, "Start"): _of_all(START),
     (VM_INTERFACE, "Stop"): _of_all(STOP),
     (VM_INTERFACE, "Kill"): _of_all(KILL),
     (VM_INTERFACE, "Restart"): _of_all(STOP, START),
     (VM_INTERFACE, "Run"): _of_run,
+    (VM_INTERFACE, "OpenSsh"): _of_ssh,
 }

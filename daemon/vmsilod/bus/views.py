@@ -13,7 +13,7 @@ from gi.repository import GLib
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from vmsilod.bus.requests import RunRequest
+    from vmsilod.bus.requests import RunRequest, SshRequest
 
 TEXT_MAX = 256
 
@@ -76,6 +76,10 @@ class Domain(Protocol):
 
     async def run(self, request: RunRequest) -> int:
         """A descriptor connected to the guest agent, with SPAWN sent. The caller owns it."""
+
+    async def open_ssh(self, request: SshRequest) -> tuple[int, int, str, str]:
+        """A descriptor connected to the guest's sshd and one of the login's private key, both the caller's
+        to close; the login's name; the guest's public host key."""
 
     async def reload(self) -> Sequence[str]: ...
 

@@ -51,6 +51,7 @@ class VmConfig(Table):
     kernel_params: KernelParams = ()
     root_disk: RootDisk | None = None
     root_disk_readonly: bool = True
+    ssh: bool = True
     vmm: VmmChoice = "auto"
     crosvm: CrosvmOptions = CrosvmOptions()
     qemu: QemuOptions = QemuOptions()

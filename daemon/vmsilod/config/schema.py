@@ -176,6 +176,7 @@ class VmFile(Table):
     kernel_params: KernelParams = ()
     root_disk: Annotated[RootDisk | None, BeforeValidator(_expand_disk)] = None
     root_disk_readonly: bool = True
+    ssh: bool = True
     vmm: VmmChoice | None = None
     crosvm: VmCrosvmOptions = VmCrosvmOptions()
     qemu: VmQemuOptions = VmQemuOptions()

@@ -23,7 +23,7 @@ STATE_DIR = Path("/run/vmsilo/state")
 @dataclass(frozen=True)
 class Record:
     """One VM's lease: `invocation` is systemd's INVOCATION_ID of the unit run that holds it; `config` is
-    the JSON of the configuration that it was started with.
+    the JSON of the configuration that it was started with, `login` the guest's user.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Record:
     hybrid: bool = False
     config: str = ""
     launched: bool = False
+    login: str = "user"
 
 
 def save_record(record: Record, directory: Path = STATE_DIR) -> None:

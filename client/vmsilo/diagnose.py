@@ -12,6 +12,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+UP = ("running", "stopping", "starting")
 LOSS_WAIT = 2.0  # seconds for vmsilod to find out that the VM has ended
 
 
@@ -58,7 +59,7 @@ def explain_loss(name: str, place: Place, lost: ClientError) -> ClientError:
         try:
             bus.watch_states()
             vm = bus.find_vm(name) or {}
-            while vm.get("State") in ("running", "stopping") and (left := deadline - time.monotonic()) > 0:
+            while vm.get("State") in UP and (left := deadline - time.monotonic()) > 0:
                 if select.select([bus], [], [], left)[0] and any(n == name for n, _, _ in bus.read_states()):
                     vm = bus.find_vm(name) or {}
         finally:

@@ -90,7 +90,7 @@ class Endings:
                 await self._save(vm.name, due=None)
             elif history.due is not None:
                 self._arm(vm, history.due)
-                self._on_change(vm)
+            self._on_change(vm)
         for vm in self._registry:
             if vm.is_up:
                 self.watch(vm)

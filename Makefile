@@ -13,7 +13,7 @@ RUN := $(VENV)/bin
 # What the product needs from Debian (README names the same); then what its tests and the container host need.
 RUNTIME_PACKAGES := python3-venv python3-gi python3-pydbus python3-systemd python3-cairo gir1.2-glib-2.0 \
 	dbus polkitd mmdebstrap erofs-utils
-TEST_PACKAGES := systemd-container util-linux nftables iproute2 busybox-static cpio
+TEST_PACKAGES := systemd-container openssh-client e2fsprogs util-linux nftables iproute2 busybox-static cpio
 
 PYTHON_ROOTS := daemon client guest
 CLIENTS := vm-run vm-start vm-stop vm-start-debug vmsilo
@@ -37,7 +37,7 @@ $(VENV)/.made: pyproject.toml
 
 venv: packages $(VENV)/.made
 
-test: venv ## lint, unit, bus, host and end-to-end tests: what CI runs
+test: venv ## lint, unit, bus, host, end-to-end and lab tests: what CI runs
 	$(RUN)/python -m hosts.suite
 
 fast: venv ## lint, unit and bus tests only (two minutes)
@@ -56,6 +56,15 @@ bench: venv ## measure, side by side in one run; see docs/performance.md
 
 shell: venv ## a root shell in the container host with vmsilo installed
 	$(RUN)/python -m hosts.shell
+
+lab-test: venv ## boot a whole virtual host (QEMU, nested KVM) and run the tests that need one; results in .cache/lab
+	$(RUN)/python -m hosts.lab
+
+lab-shell: venv ## a root shell in that host with vmsilo installed
+	$(RUN)/python -m hosts.lab_shell
+
+demo-lab: venv ## show VMs on KVM, a NIC passed through, a refused group, a serial login
+	$(RUN)/python -m hosts.demo_lab
 
 clean: ## remove everything that tests and demo cached
 	$(PYTHON) tests/hosts/clean.py $(CACHE)
@@ -117,5 +126,5 @@ uninstall: ## remove what install put there; configuration and images stay
 		$(DESTDIR)/usr/share/polkit-1/actions/org.vmsilo1.policy $(DESTDIR)/etc/polkit-1/rules.d/50-vmsilo.rules
 	[ ! -d /run/systemd/system ] || systemctl daemon-reload
 
-.PHONY: help packages venv test fast lint demo bench shell clean install uninstall
+.PHONY: help packages venv test fast lint demo demo-lab lab-test lab-shell bench shell clean install uninstall
 export PYTHONPATH := daemon:client:guest:tests

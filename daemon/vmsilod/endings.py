@@ -176,7 +176,7 @@ class Endings:
         await self._save(
             vm.name, last=outcome, invocation=invocation, restarts=(*kept, now), resets=(), due=due
         )
-        if self._resumed:
+        if self._resumed and self._history(vm.name).due == due:  # nobody has cancelled it meanwhile
             self._arm(vm, due)
 
     @staticmethod

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmsilod.config.model import VmConfig
+    from vmsilod.endings import Endings
     from vmsilod.registry import Registry, Vm
     from vmsilod.relay_client import RelayClient
     from vmsilod.systemd import Systemd
@@ -45,9 +46,12 @@ EMPTY_DIR = LIBDIR / "empty"  # crosvm's pivot root: Debian has no /var/empty
 class Runs:
     """Leases of all running VMs."""
 
-    def __init__(self, registry: Registry, systemd: Systemd, on_change: Callable[[Vm], None]) -> None:
+    def __init__(
+        self, registry: Registry, systemd: Systemd, endings: Endings, on_change: Callable[[Vm], None]
+    ) -> None:
         self._registry = registry
         self._systemd = systemd
+        self._endings = endings
         self._on_change = on_change
         self._relay: RelayClient | None = None
         self._vsock_listening = False
@@ -69,6 +73,7 @@ class Runs:
         same cgroup, under the same uid, but its unit has started, so it gets nothing.
         """
         vm = self._registry.require(peer.name)
+        await self._endings.admit(vm, peer.unit, peer.pid)
         async with vm.lock:
             state = await self._systemd.state(peer.unit)
             if state.active != "activating" or state.main_pid != peer.pid:
@@ -90,7 +95,7 @@ class Runs:
                 return await self._prepare(vm, vm.config, peer, state.invocation, fds)
             except VmsiloError as error:
                 await self._abandon(vm, state.invocation)
-                vm.last_result = error.message + (f" ({error.hint})" if error.hint else "")
+                await self._endings.start_failed(vm, state.invocation, error)
                 raise
             except BaseException:
                 await self._abandon(vm, state.invocation)
@@ -157,7 +162,7 @@ class Runs:
             for fd in [*acquired.fds(), *terminals]:
                 os.close(fd)
             raise
-        vm.last_result = ""
+        self._endings.watch(vm)
         self._on_change(vm)
         passed = (*planned.fds, *terminals)
         stdio = tuple(range(len(planned.fds), len(passed)))
@@ -209,6 +214,7 @@ class Runs:
             raise BadRequest(f"unit {peer.unit} is not stopping")
         if vm.record is None or vm.killing:
             return {"ok": True, "force": True}
+        await self._endings.mark_stopping(vm)
         asked = await self._ask_agent(vm) or await self._press_power_button(vm)
         started = vm.started
         assert started is not None
@@ -306,6 +312,7 @@ class Runs:
         vm.debug = record.unit == vm.debug_service
         if not vm.unit.is_up or vm.unit.invocation != record.invocation:
             log.info("VM %s: giving back what an ended run left", vm.name)
+            await self._endings.tell(vm)
             async with vm.lock:
                 await self._release(vm)
 

@@ -204,7 +204,8 @@ class Service:
         old = vm.view
         vm.update(view)
         if old.state != view.state:
-            self._root.VmStateChanged(view.name, view.state, printable(view.last_result))
+            reason = view.last_result if view.state in ("stopped", "failed", "broken") else ""
+            self._root.VmStateChanged(view.name, view.state, printable(reason))
 
     def _apply_reload(self, change: Reloaded) -> None:
         self._root.ConfigurationReloaded(change.vms, change.problems)

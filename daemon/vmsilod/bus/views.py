@@ -39,6 +39,7 @@ class VmView:
     cid: int = 0
     since: int = 0
     last_result: str = ""
+    last_outcome: str = ""
     auto_start: bool = False
     depends_on: tuple[str, ...] = ()
     unit: str = ""
@@ -108,6 +109,7 @@ _PROPERTIES: dict[str, tuple[str, str]] = {
     "Cid": ("u", "cid"),
     "Since": ("t", "since"),
     "LastResult": ("s", "last_result"),
+    "LastOutcome": ("s", "last_outcome"),
     "AutoStart": ("b", "auto_start"),
     "DependsOn": ("as", "depends_on"),
     "Unit": ("s", "unit"),

@@ -21,6 +21,7 @@ from vmsilod.config.schema import (
     ImageName,
     KernelParams,
     QemuOptions,
+    RestartPolicy,
     RootDisk,
     Seconds,
     Table,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # Not part of what a running VM is made of: a change of these never asks for its restart.
-_OUTSIDE_DIGEST = {"sources", "auto_start"}
+_OUTSIDE_DIGEST = {"sources", "auto_start", "restart"}
 
 
 class VmConfig(Table):
@@ -57,6 +58,7 @@ class VmConfig(Table):
     qemu: QemuOptions = QemuOptions()
     auto_start: bool = False
     depends_on: VmNames = ()
+    restart: RestartPolicy = RestartPolicy()
     start_timeout: Seconds
     stop_timeout: Seconds
     sources: Annotated[tuple[str, ...], Field(strict=False)] = ()

@@ -30,6 +30,7 @@ VmmChoice = Literal["auto", "crosvm", "qemu"]
 Accel = Literal["auto", "kvm", "tcg"]
 Machine = Literal["auto", "microvm", "q35"]
 DiskFormat = Literal["raw"]
+RestartWhen = Literal["no", "on-crash"]
 
 
 def check_vm_name(name: str) -> str:
@@ -100,6 +101,10 @@ def _check_no_duplicates(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
+def _expand_restart(value: Any) -> Any:  # as below
+    return {"policy": value} if isinstance(value, str) else value
+
+
 def _expand_disk(value: Any) -> Any:  # whatever TOML gave; pydantic checks the result
     return {"path": value} if isinstance(value, str) else value
 
@@ -151,6 +156,14 @@ class VmQemuOptions(Table):
     extra_args: Arguments = ()
 
 
+class RestartPolicy(Table):
+    """At most `limit` restarts within `within` seconds."""
+
+    policy: RestartWhen = "no"
+    limit: Annotated[int, Field(ge=1, le=100)] = 3
+    within: Annotated[int, Field(ge=1, le=86400)] = 600
+
+
 class GlobalConfig(Table):
     """vmsilo.toml."""
 
@@ -182,5 +195,6 @@ class VmFile(Table):
     qemu: VmQemuOptions = VmQemuOptions()
     auto_start: bool = False
     depends_on: VmNames = ()
+    restart: Annotated[RestartPolicy | None, BeforeValidator(_expand_restart)] = None
     start_timeout: Seconds | None = None
     stop_timeout: Seconds | None = None

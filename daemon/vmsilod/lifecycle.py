@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from vmsilod.bus.requests import RunRequest, SshRequest
     from vmsilod.bus.views import Change, VmView
-    from vmsilod.endings import Endings
+    from vmsilod.holders import Holders
+    from vmsilod.pci.ledger import PciView
     from vmsilod.publication import Publication
     from vmsilod.registry import Registry, Vm
     from vmsilod.runs import Runs
@@ -45,12 +46,13 @@ class Lifecycle:
         self,
         registry: Registry,
         systemd: Systemd,
-        endings: Endings,
+        holders: Holders,
         runs: Runs,
         publication: Publication,
     ) -> None:
         self._registry = registry
-        self._endings = endings
+        self._endings = holders.endings
+        self._pci = holders.pci
         self._systemd = systemd
         self._runs = runs
         self._publication = publication
@@ -155,6 +157,15 @@ class Lifecycle:
 
     async def check(self) -> list[dict[str, str]]:
         return await self._publication.check()
+
+    async def find_pci(self) -> list[PciView]:
+        return await self._pci.find_views()
+
+    async def claim_pci(self, address: str) -> None:
+        await self._pci.claim(address)
+
+    async def release_pci(self, address: str) -> str:
+        return await self._pci.give_back(address)
 
     async def start_debug(self, name: str, fds: Sequence[int]) -> str:
         """Start the VM in its debug unit with its console on `fds` (three; ours from here on)."""

@@ -24,7 +24,9 @@ from vmsilod.config.load import DEFAULT_ROOTS
 from vmsilod.control import ControlServer
 from vmsilod.endings import Endings
 from vmsilod.errors import VmsiloError
+from vmsilod.holders import Holders
 from vmsilod.lifecycle import Lifecycle
+from vmsilod.pci.claims import PciClaims
 from vmsilod.publication import Publication
 from vmsilod.registry import Registry
 from vmsilod.relay_client import RelayClient
@@ -50,14 +52,12 @@ class Daemon:
         self._con = service.connect()
         self._registry = Registry()
         self._systemd = Systemd(self._con, lambda unit: self._lifecycle.unit_changed(unit))
-        self._publication = Publication(self._registry, self._systemd)
         self._endings = Endings(self._registry, self._systemd, lambda vm: self._lifecycle.changed(vm))
-        self._runs = Runs(
-            self._registry, self._systemd, self._endings, lambda vm: self._lifecycle.changed(vm)
-        )
-        self._lifecycle = Lifecycle(
-            self._registry, self._systemd, self._endings, self._runs, self._publication
-        )
+        self._pci = PciClaims(self._systemd.start)
+        self._publication = Publication(self._registry, self._systemd, self._pci)
+        holders = Holders(self._endings, self._pci)
+        self._runs = Runs(self._registry, self._systemd, holders, lambda vm: self._lifecycle.changed(vm))
+        self._lifecycle = Lifecycle(self._registry, self._systemd, holders, self._runs, self._publication)
         self._publication.on_applied = self._lifecycle.configuration_applied
         self._control_socket = control
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from vmsilod.config.load import Configuration
     from vmsilod.config.model import VmConfig
     from vmsilod.config.problems import Problem
+    from vmsilod.pci.claims import PciClaims
     from vmsilod.registry import Registry, Vm
     from vmsilod.systemd import Systemd
 
@@ -47,8 +48,9 @@ class Publication:
     taken over.
     """
 
-    def __init__(self, registry: Registry, systemd: Systemd) -> None:
+    def __init__(self, registry: Registry, systemd: Systemd, pci: PciClaims) -> None:
         self._registry = registry
+        self._pci = pci
         self._systemd = systemd
         self._lock = Lock()
         self.on_applied: Callable[[int], None] = lambda _problems: None
@@ -64,6 +66,8 @@ class Publication:
                 log.warning("%s", problem)
             await loop.in_worker(apply_rules, configuration)
             await self._publish(configuration)
+        if configuration.settings is not None:  # a broken file gives nothing to the host
+            await self._pci.isolate(configuration.settings.isolated_pci_devices)
         self.on_applied(len(configuration.problems))
         return list(configuration.problems)
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmsilod.config.model import VmConfig
-    from vmsilod.endings import Endings
+    from vmsilod.holders import Holders
     from vmsilod.registry import Registry, Vm
     from vmsilod.relay_client import RelayClient
     from vmsilod.systemd import Systemd
@@ -47,11 +47,12 @@ class Runs:
     """Leases of all running VMs."""
 
     def __init__(
-        self, registry: Registry, systemd: Systemd, endings: Endings, on_change: Callable[[Vm], None]
+        self, registry: Registry, systemd: Systemd, holders: Holders, on_change: Callable[[Vm], None]
     ) -> None:
         self._registry = registry
         self._systemd = systemd
-        self._endings = endings
+        self._endings = holders.endings
+        self._pci = holders.pci
         self._on_change = on_change
         self._relay: RelayClient | None = None
         self._vsock_listening = False
@@ -137,6 +138,7 @@ class Runs:
             monitor_kind=driver.monitor_type,
             ssh=config.ssh,
         )
+        await self._pci.start(vm.name, peer.uid, [device.path for device in config.pci_devices])
         acquired = await loop.in_worker(preparation.acquire, request)
         terminals = self.debug_terminals.pop(vm.name, []) if vm.debug else []
         try:
@@ -277,6 +279,7 @@ class Runs:
         if record is not None and record.hybrid:
             await self._stop_vsock(vm.name, record.unit)
         await self._remove_rundir(vm.name)
+        await self._pci.end(vm.name)
         await loop.in_worker(records.forget_record, vm.name)
         vm.forget_run()
         self._on_change(vm)
@@ -297,6 +300,7 @@ class Runs:
             except VmsiloError as error:
                 # One VM's leftovers must not keep the daemon of all others from starting.
                 log.error("VM %s: cannot be repaired: %s", name, error)
+        await self._pci.repair([vm.name for vm in self._registry if vm.record is not None])
         for path in rundir.VM_DIR.glob("*") if rundir.VM_DIR.is_dir() else ():
             vm = self._registry.find(path.name)
             if vm is None or vm.record is None:
@@ -366,6 +370,8 @@ def shape_of(config: VmConfig) -> launch.VmShape:
         memory_mib=config.memory,
         cpus=config.cpus,
         kernel_params=tuple(config.kernel_params),
+        needs_pci=bool(config.pci_devices),
+        pci=tuple(launch.PciFunction(device.path, device.iommu) for device in config.pci_devices),
         crosvm=launch.CrosvmShape(
             config.crosvm.log_level, tuple(config.crosvm.extra_args), tuple(config.crosvm.extra_run_args)
         ),

@@ -20,6 +20,8 @@ from vmsilod.bus.polkit import Limits, Polkit
 from vmsilod.bus.service import connect, serve
 from vmsilod.bus.views import Change, Reloaded, VmRemoved, VmView
 from vmsilod.errors import Busy, ConfigBroken, NoSuchVm, NotRunning, StartFailed, Timeout
+from vmsilod.pci.address import parse_address
+from vmsilod.pci.ledger import PciView
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +44,7 @@ class VmsInMemory:
     def __init__(self) -> None:
         self.views = {name: VmView(name, "stopped", memory=512, color="red") for name in ORDINARY}
         self.views |= {name: VmView(name, "stopped", status="a\x1b[31m\udc80b") for name in FAILURES}
+        self.pci: dict[str, str] = {"0000:01:00.0": "banking"}
         self.callbacks: list[Callable[[Change], None]] = []
 
     def list_vms(self) -> Sequence[VmView]:
@@ -96,6 +99,30 @@ class VmsInMemory:
 
     async def check(self) -> Sequence[Mapping[str, str]]:
         return [{"file": "broken.toml", "key": "memory", "message": "not a number"}]
+
+    async def find_pci(self) -> Sequence[PciView]:
+        return [
+            PciView(
+                address=address,
+                class_code="0200",
+                name="A card",
+                driver="vfio-pci",
+                group=7,
+                state="used",
+                vm=vm,
+                isolated=True,
+                resets=("flr",),
+                note="",
+            )
+            for address, vm in self.pci.items()
+        ]
+
+    async def claim_pci(self, address: str) -> None:
+        self.pci[parse_address(address)] = ""
+
+    async def release_pci(self, address: str) -> str:
+        del self.pci[parse_address(address)]
+        return "e1000e"
 
     async def start_debug(self, name: str, fds: tuple[int, int, int]) -> str:
         try:

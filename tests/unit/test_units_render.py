@@ -16,6 +16,7 @@ from vmsilod.units.render import RenderedUnits, UnitContext, UnitPaths, render_u
 
 GOLDEN = Path(__file__).parent / "golden" / "units"
 CROSVM = UnitContext(owner="david", vmm="crosvm", groups=frozenset({"kvm", "video"}))
+QEMU_PCI = UnitContext(owner="david", vmm="qemu", groups=frozenset({"kvm"}))
 QEMU_HYBRID = UnitContext(owner="david", vmm="qemu", hybrid_cid=3)
 
 
@@ -40,6 +41,7 @@ def settings_of(text: str) -> list[str]:
 
 CASES = {
     "crosvm": (make_vm(auto_start=True, depends_on=["sys-net", "vault"]), CROSVM),
+    "qemu-pci": (make_vm(name="sys-net", pci_devices=["02:00.0"], depends_on=["vault"]), QEMU_PCI),
     "qemu-hybrid": (make_vm(name="untrusted", stop_timeout=5, sources=[]), QEMU_HYBRID),
 }
 

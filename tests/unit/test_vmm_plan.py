@@ -21,6 +21,7 @@ from vmsilod.vmm.launch import (
     KernelVsock,
     Launch,
     Leases,
+    PciFunction,
     QemuShape,
     VmShape,
 )
@@ -48,6 +49,7 @@ WRITABLE = replace(LEASES, root=Disk(fd=24, readonly=False))
 ODD_NAMES = replace(LEASES, vsock=HybridVsock(cid=42, vhost_socket='/run/odd, "path"\\with [all]'))
 EXTRA_PARAMS = replace(VM, kernel_params=("mitigations=auto", 'foo="a b"'))
 MICROVM = replace(VM, qemu=QemuShape(machine="microvm"))
+PCI = replace(VM, needs_pci=True, pci=(PciFunction("0000:01:00.0"), PciFunction("0000:02:00.1", iommu="on")))
 Q35 = replace(VM, qemu=QemuShape(machine="q35"))
 
 CROSVM_CASES = {
@@ -55,6 +57,7 @@ CROSVM_CASES = {
     "crosvm-hybrid-vsock": (VM, HYBRID, Console.NONE),
     "crosvm-writable-disk": (EXTRA_PARAMS, WRITABLE, Console.NONE),
     "crosvm-debug-console": (VM, LEASES, Console.STDIO),
+    "crosvm-pci": (PCI, LEASES, Console.NONE),
     "crosvm-no-disk": (VM, replace(LEASES, root=None, initrd_fd=None), Console.NONE),
     "crosvm-odd-names": (replace(VM, name="a-very-long-name-of-a-vm"), ODD_NAMES, Console.NONE),
     "crosvm-extra-args": (
@@ -75,6 +78,7 @@ QEMU_CASES = {
     "qemu-microvm-kvm-kernel-vsock": (VM, LEASES, Console.NONE),
     "qemu-q35-kvm-writable-disk": (Q35, WRITABLE, Console.NONE),
     "qemu-q35-tcg-hybrid": (VM, replace(HYBRID, kvm=False), Console.NONE),
+    "qemu-pci": (PCI, LEASES, Console.NONE),
     "qemu-debug-console": (EXTRA_PARAMS, LEASES, Console.STDIO),
     "qemu-odd-names": (replace(VM, name="a,b=c"), ODD_NAMES, Console.NONE),
     "qemu-extra-args": (
@@ -123,6 +127,7 @@ CROSVM_RUN = {
     "--vhost-user": True,  # 1.7
     "--vhost-user-connect-timeout-ms": True,  # 1.7
     "--serial": True,  # 1.11
+    "--vfio": True,  # 1.14
     "--socket": True,  # 1.15
     "--pivot-root": True,  # 1.16
 }
@@ -155,7 +160,7 @@ def read_options(argv: list[str], grammar: dict[str, bool]) -> list[str]:
     while rest and rest[0].startswith("-"):
         option = rest.pop(0)
         assert option in grammar
-        assert option not in seen, "crosvm refuses a repeated single option"
+        assert option not in seen or option == "--vfio", "crosvm refuses a repeated single option"
         seen.add(option)
         if not grammar[option]:
             continue

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vmsilod.bus.names import check_name
 from vmsilod.bus.requests import describe_command
 from vmsilod.errors import BadRequest, Denied
+from vmsilod.pci.address import parse_address
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,8 @@ RUN = "org.vmsilo1.run"
 RUN_AS_ROOT = "org.vmsilo1.run-as-root"
 DEBUG = "org.vmsilo1.debug"
 RELOAD = "org.vmsilo1.reload"
-ACTIONS = (VIEW, START, STOP, KILL, RUN, RUN_AS_ROOT, DEBUG, RELOAD)
+MANAGE_DEVICES = "org.vmsilo1.manage-devices"
+ACTIONS = (VIEW, START, STOP, KILL, RUN, RUN_AS_ROOT, DEBUG, RELOAD, MANAGE_DEVICES)
 
 MANAGER_INTERFACE = "org.vmsilo1.Manager"
 VM_INTERFACE = "org.vmsilo1.VM"
@@ -73,6 +75,17 @@ def _of_named(*actions: str) -> Callable[[Message], Need]:
     return lambda message: Need(actions, {"vm": check_name(message.arguments[0])})
 
 
+def _of_device(message: Message) -> Need:
+    return Need((MANAGE_DEVICES,), {"device": _check_device(message.arguments[0])})
+
+
+def _check_device(text: str) -> str:
+    try:
+        return parse_address(text)
+    except ValueError as error:
+        raise BadRequest(str(error)) from error
+
+
 def _of_run(message: Message) -> Need:
     *name, argv, options = message.arguments
     return _of_login(message, name, options, describe_command(argv))
@@ -105,6 +118,9 @@ _TABLE: dict[tuple[str, str], Callable[[Message], Need]] = {
     (MANAGER_INTERFACE, "Run"): _of_run,
     (MANAGER_INTERFACE, "OpenSsh"): _of_ssh,
     (MANAGER_INTERFACE, "StartDebug"): _of_named(DEBUG),
+    (MANAGER_INTERFACE, "ListPci"): _of_all(VIEW),
+    (MANAGER_INTERFACE, "ClaimPci"): _of_device,
+    (MANAGER_INTERFACE, "ReleasePci"): _of_device,
     (VM_INTERFACE, "Start"): _of_all(START),
     (VM_INTERFACE, "Stop"): _of_all(STOP),
     (VM_INTERFACE, "Kill"): _of_all(KILL),

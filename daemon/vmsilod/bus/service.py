@@ -28,6 +28,7 @@ from vmsilod.bus.views import (
     VmRemoved,
     VmView,
     find_changes,
+    pack_pci,
     pack_properties,
     printable,
 )
@@ -140,6 +141,15 @@ class RootObject:
     async def Check(self, _call: Call) -> list[dict[str, str]]:
         problems = await self._domain.check()
         return [{key: printable(text, 1024) for key, text in problem.items()} for problem in problems]
+
+    async def ListPci(self, _call: Call) -> list[dict[str, GLib.Variant]]:
+        return [pack_pci(view) for view in await self._domain.find_pci()]
+
+    async def ClaimPci(self, _call: Call, address: str) -> None:
+        await self._domain.claim_pci(address)
+
+    async def ReleasePci(self, _call: Call, address: str) -> str:
+        return printable(await self._domain.release_pci(address))
 
     async def StartDebug(self, call: Call, name: str, *handles: int) -> str:
         fds: list[int] = []

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from vmsilod.bus.requests import RunRequest, SshRequest
+    from vmsilod.pci.ledger import PciView
 
 TEXT_MAX = 256
 
@@ -86,6 +87,13 @@ class Domain(Protocol):
 
     async def check(self) -> Sequence[Mapping[str, str]]: ...
 
+    async def find_pci(self) -> Sequence[PciView]: ...
+
+    async def claim_pci(self, address: str) -> None: ...
+
+    async def release_pci(self, address: str) -> str:
+        """The host's driver that has the device now, "" for none."""
+
     async def start_debug(self, name: str, fds: tuple[int, int, int]) -> str:
         """The unit that runs the VM. From the call on the domain owns the descriptors, whatever happens."""
 
@@ -114,6 +122,24 @@ _PROPERTIES: dict[str, tuple[str, str]] = {
     "DependsOn": ("as", "depends_on"),
     "Unit": ("s", "unit"),
 }
+
+
+_PCI_ENTRIES: dict[str, tuple[str, str]] = {
+    "Address": ("s", "address"),
+    "Class": ("s", "class_code"),
+    "Name": ("s", "name"),
+    "Driver": ("s", "driver"),
+    "Group": ("i", "group"),
+    "State": ("s", "state"),
+    "Vm": ("s", "vm"),
+    "Isolated": ("b", "isolated"),
+    "Resets": ("as", "resets"),
+    "Note": ("s", "note"),
+}
+
+
+def pack_pci(view: PciView) -> dict[str, GLib.Variant]:
+    return {name: _pack(kind, getattr(view, field)) for name, (kind, field) in _PCI_ENTRIES.items()}
 
 
 def pack_properties(view: VmView) -> dict[str, GLib.Variant]:

@@ -16,7 +16,7 @@ from vmsilod.config.problems import Problem
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from vmsilod.config.schema import GlobalConfig, VmFile
+    from vmsilod.config.schema import GlobalConfig, PciDevice, VmFile
 
 
 def check_account(settings: GlobalConfig, file: str) -> list[Problem]:
@@ -104,3 +104,23 @@ def find_dangling(
             return problems
         problems += found
         lost |= {problem.vm for problem in found if problem.vm}
+
+
+def find_shared_devices(
+    devices: Mapping[str, tuple[PciDevice, ...]], files: Mapping[str, str]
+) -> list[Problem]:
+    """A PCI device of two VMs is no mistake: they cannot run at the same time."""
+    owners: dict[str, list[str]] = {}
+    for name, listed in devices.items():
+        for device in listed:
+            owners.setdefault(device.path, []).append(name)
+    return [
+        Problem(
+            files[name],
+            "pci_devices",
+            f"{path} is also listed by {', '.join(other for other in names if other != name)}",
+            "only one of them can run at a time",
+        )
+        for path, names in owners.items()
+        for name in (names if len(names) > 1 else ())
+    ]

@@ -20,6 +20,7 @@ from vmsilod.config.schema import (
     GlobalConfig,
     ImageName,
     KernelParams,
+    PciDevices,
     QemuOptions,
     RestartPolicy,
     RootDisk,
@@ -59,6 +60,7 @@ class VmConfig(Table):
     auto_start: bool = False
     depends_on: VmNames = ()
     restart: RestartPolicy = RestartPolicy()
+    pci_devices: PciDevices = ()
     start_timeout: Seconds
     stop_timeout: Seconds
     sources: Annotated[tuple[str, ...], Field(strict=False)] = ()

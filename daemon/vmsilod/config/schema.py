@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from vmsilod.config.color import parse_color
+from vmsilod.pci.address import parse_address
 
 KERNEL_PARAMS_MAX = 1500  # bytes; x86 takes 2048 in all (COMMAND_LINE_SIZE), the rest is vmsilo's own
 MEMORY_MAX = 16 * 1024 * 1024  # MiB
@@ -109,6 +110,21 @@ def _expand_disk(value: Any) -> Any:  # whatever TOML gave; pydantic checks the 
     return {"path": value} if isinstance(value, str) else value
 
 
+def _expand_pci(value: Any) -> Any:  # as of _expand_disk
+    return (
+        [{"path": item} if isinstance(item, str) else item for item in value] if _is_list(value) else value
+    )
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _check_pci_once(devices: tuple[PciDevice, ...]) -> tuple[PciDevice, ...]:
+    _check_no_duplicates(tuple(device.path for device in devices))
+    return devices
+
+
 AbsolutePath = Annotated[str, AfterValidator(_check_path)]
 VmName = Annotated[str, AfterValidator(check_vm_name)]
 ImageName = Annotated[str, AfterValidator(_check_image)]
@@ -118,6 +134,8 @@ Seconds = Annotated[int, Field(ge=1, le=TIMEOUT_MAX)]
 # strict=False on the tuple alone: TOML has lists; what is in them stays strict.
 Arguments = Annotated[tuple[Annotated[str, AfterValidator(_check_argument)], ...], Field(strict=False)]
 KernelParams = Annotated[tuple[str, ...], Field(strict=False), AfterValidator(_check_kernel_params)]
+PciAddress = Annotated[str, AfterValidator(parse_address)]
+PciAddresses = Annotated[tuple[PciAddress, ...], Field(strict=False), AfterValidator(_check_no_duplicates)]
 VmNames = Annotated[tuple[VmName, ...], Field(strict=False), AfterValidator(_check_no_duplicates)]
 
 
@@ -130,6 +148,21 @@ class Table(BaseModel):
 class RootDisk(Table):
     path: AbsolutePath
     format: DiskFormat = "raw"
+
+
+class PciDevice(Table):
+    """A function that the VM gets; iommu: whether the guest gets an IOMMU before it."""
+
+    path: PciAddress
+    iommu: Literal["on", "off"] = "off"
+
+
+PciDevices = Annotated[
+    tuple[PciDevice, ...],
+    Field(strict=False),
+    BeforeValidator(_expand_pci),
+    AfterValidator(_check_pci_once),
+]
 
 
 class CrosvmOptions(Table):
@@ -172,6 +205,7 @@ class GlobalConfig(Table):
     image: ImageName = "default"
     crosvm: CrosvmOptions = CrosvmOptions()
     qemu: QemuOptions = QemuOptions()
+    isolated_pci_devices: PciAddresses = ()
     start_timeout: Seconds = 180
     stop_timeout: Seconds = 30
 
@@ -196,5 +230,6 @@ class VmFile(Table):
     auto_start: bool = False
     depends_on: VmNames = ()
     restart: Annotated[RestartPolicy | None, BeforeValidator(_expand_restart)] = None
+    pci_devices: PciDevices = ()
     start_timeout: Seconds | None = None
     stop_timeout: Seconds | None = None

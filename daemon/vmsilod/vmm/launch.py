@@ -47,6 +47,19 @@ class QemuShape:
 
 
 @dataclass(frozen=True)
+class PciFunction:
+    """A PCI function of the host that the VM gets; `iommu`: the guest has an IOMMU before it."""
+
+    address: str
+    """As sysfs has it: 0000:01:00.0."""
+    iommu: Literal["on", "off"] | None = None
+
+    @property
+    def sysfs(self) -> str:
+        return f"/sys/bus/pci/devices/{self.address}"
+
+
+@dataclass(frozen=True)
 class VmShape:
     """The part of a VM's configuration that a driver reads."""
 
@@ -56,6 +69,8 @@ class VmShape:
     kernel_params: tuple[str, ...] = ()
     needs_pci: bool = False
     """The VM has a device that only a PCI machine can hold."""
+    pci: tuple[PciFunction, ...] = ()
+    """Bound to vfio-pci, their groups' nodes in /dev/vfio open to the VM's uid."""
     crosvm: CrosvmShape = field(default_factory=CrosvmShape)
     qemu: QemuShape = field(default_factory=QemuShape)
 

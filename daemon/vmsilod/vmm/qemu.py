@@ -63,6 +63,7 @@ def plan_launch(vm: VmShape, leases: Leases, *, console: Console, binary: str) -
     # The first virtio-blk device is the guest's vda.
     argv += _disk_args(leases.root, fds, bus)
     argv += _vsock_args(leases.vsock, fds, bus)
+    argv += _pci_args(vm)
     argv += ["-device", f"virtio-rng-{bus}"]
     argv += ["-device", f"virtio-balloon-{bus},id={BALLOON_ID},deflate-on-oom=on,free-page-reporting=on"]
     argv += ["-device", "pvpanic" if machine == "microvm" else "pvpanic-pci"]
@@ -147,6 +148,17 @@ def _vsock_args(vsock: KernelVsock | HybridVsock, fds: PassedFds, bus: str) -> l
         *("-chardev", f"socket,id=vsock0,path={quote_qemu(vsock.vhost_socket)}"),
         *("-device", f"vhost-user-vsock-{bus},chardev=vsock0"),
     ]
+
+
+def _pci_args(vm: VmShape) -> list[str]:
+    args = []
+    if any(function.iommu == "on" for function in vm.pci):
+        # caching-mode: QEMU must see each mapping that the guest makes, to make it in the host's IOMMU.
+        # Without interrupt remapping the interrupt controller can stay in KVM.
+        args += ["-device", "intel-iommu,caching-mode=on,intremap=off"]
+    for function in vm.pci:
+        args += ["-device", f"vfio-pci,host={quote_qemu(function.address)}"]
+    return args
 
 
 def _check_extra_args(vm: VmShape) -> None:

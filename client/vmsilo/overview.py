@@ -133,6 +133,8 @@ def _note(vm: "dict[str, Any]") -> str:
         )
     if vm.get("State") == "failed" and vm.get("LastResult"):
         notes.append(printable(vm["LastResult"], 100))
+        if vm.get("Status"):
+            notes.append(printable(vm["Status"], 100))
     elif vm.get("State") == "starting" and vm.get("Status"):
         notes.append(printable(vm["Status"], 100))
     return "; ".join(notes)

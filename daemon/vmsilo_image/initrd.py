@@ -37,7 +37,7 @@ WANTED = (
 # How a VMM hears of a panic; without it a panic looks like a reset, and a broken guest boots for ever.
 WANTED_IF_THERE = ("pvpanic_mmio", "pvpanic_pci")
 APPLETS = (
-    *("cat", "cttyhack", "insmod", "mkdir", "mount", "poweroff", "rm"),
+    *("cat", "cp", "cttyhack", "insmod", "mkdir", "mount", "poweroff", "rm"),
     *("setsid", "sh", "switch_root", "usleep"),
 )
 DIRECTORIES = ("bin", "dev", "modules", "new", "proc", "root", "rw", "sys")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from inotify_simple import INotify, flags
 
 from vmsilod.errors import StartFailed
-from vmsilod.resources import image, record, rundir, vsock
+from vmsilod.resources import image, record, rundir, ssh_keys, vsock
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,6 +38,7 @@ class Request:
     boot: image.BootChoice
     root_readonly: bool
     monitor_kind: socket.SocketKind
+    ssh: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def acquire(request: Request) -> Acquired:
         kernel_fd = keep(image.open_file(files.kernel))
         root_fd = keep(image.open_file(files.root, writable=not request.root_readonly))
         plain_kernel = request.boot.kernel is not None and files.initrd is None
-        initrd_fd = None if plain_kernel else keep(image.make_initrd(files.initrd, secret))
+        ssh = ssh_keys.prepare_keys(request.name, files.login) if request.ssh else None
+        initrd_fd = None if plain_kernel else keep(image.make_initrd(files.initrd, secret, ssh))
         monitor_fd = keep(rundir.bind_listener(directory / "monitor.sock", request.monitor_kind, 0o600))
         device_fd = host_port_fd = None
         if request.hybrid:

@@ -19,6 +19,7 @@ from vmsilod.config.load import load_configuration
 from vmsilod.config.schema import RESERVED_NAMES
 from vmsilod.errors import VmsiloError
 from vmsilod.host import LIBDIR, Host, find_uid, probe_host
+from vmsilod.resources import ssh_keys
 from vmsilod.resources.vsock import HYBRID_CID
 from vmsilod.units import files as unit_files
 from vmsilod.units.render import RenderedUnits, UnitContext, UnitPaths, command_socket, render_units
@@ -115,6 +116,8 @@ class Publication:
         )
         change = await loop.in_worker(unit_files.write_units, wanted, keep)
         await self._forget(change.removed)
+        # Under the lock: no VM can come back in the meantime and make new ones.
+        await loop.in_worker(ssh_keys.keep_only, self._registry.names_in_use())
         # The first time always: the last vmsilod may have died between its writing and its reload.
         if change.any or not self._published:
             await self._systemd.reload()

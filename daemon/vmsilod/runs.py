@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmsilod.config.model import VmConfig
-    from vmsilod.pci.claims import PciClaims
+    from vmsilod.holders import Holders
     from vmsilod.registry import Registry, Vm
     from vmsilod.relay_client import RelayClient
     from vmsilod.systemd import Systemd
@@ -47,11 +47,12 @@ class Runs:
     """Leases of all running VMs."""
 
     def __init__(
-        self, registry: Registry, systemd: Systemd, pci: PciClaims, on_change: Callable[[Vm], None]
+        self, registry: Registry, systemd: Systemd, holders: Holders, on_change: Callable[[Vm], None]
     ) -> None:
         self._registry = registry
         self._systemd = systemd
-        self._pci = pci
+        self._endings = holders.endings
+        self._pci = holders.pci
         self._on_change = on_change
         self._relay: RelayClient | None = None
         self._vsock_listening = False
@@ -73,6 +74,7 @@ class Runs:
         same cgroup, under the same uid, but its unit has started, so it gets nothing.
         """
         vm = self._registry.require(peer.name)
+        await self._endings.admit(vm, peer.unit, peer.pid)
         async with vm.lock:
             state = await self._systemd.state(peer.unit)
             if state.active != "activating" or state.main_pid != peer.pid:
@@ -94,7 +96,7 @@ class Runs:
                 return await self._prepare(vm, vm.config, peer, state.invocation, fds)
             except VmsiloError as error:
                 await self._abandon(vm, state.invocation)
-                vm.last_result = error.message + (f" ({error.hint})" if error.hint else "")
+                await self._endings.start_failed(vm, state.invocation, error)
                 raise
             except BaseException:
                 await self._abandon(vm, state.invocation)
@@ -134,6 +136,7 @@ class Runs:
             ),
             root_readonly=config.root_disk_readonly,
             monitor_kind=driver.monitor_type,
+            ssh=config.ssh,
         )
         await self._pci.start(vm.name, peer.uid, [device.path for device in config.pci_devices])
         acquired = await loop.in_worker(preparation.acquire, request)
@@ -153,13 +156,15 @@ class Runs:
             )
             if choice.kind is VmmKind.QEMU and not host.kvm.usable:
                 log.warning("VM %s: %s (%s)", vm.name, TCG_WARNING, host.kvm.reason)
-            vm.record = dataclasses.replace(vm.record, cid=acquired.cid, launched=True)
+            vm.record = dataclasses.replace(
+                vm.record, cid=acquired.cid, launched=True, login=acquired.files.login
+            )
             await loop.in_worker(records.save_record, vm.record)
         except BaseException:
             for fd in [*acquired.fds(), *terminals]:
                 os.close(fd)
             raise
-        vm.last_result = ""
+        self._endings.watch(vm)
         self._on_change(vm)
         passed = (*planned.fds, *terminals)
         stdio = tuple(range(len(planned.fds), len(passed)))
@@ -211,6 +216,7 @@ class Runs:
             raise BadRequest(f"unit {peer.unit} is not stopping")
         if vm.record is None or vm.killing:
             return {"ok": True, "force": True}
+        await self._endings.mark_stopping(vm)
         asked = await self._ask_agent(vm) or await self._press_power_button(vm)
         started = vm.started
         assert started is not None
@@ -310,6 +316,7 @@ class Runs:
         vm.debug = record.unit == vm.debug_service
         if not vm.unit.is_up or vm.unit.invocation != record.invocation:
             log.info("VM %s: giving back what an ended run left", vm.name)
+            await self._endings.tell(vm)
             async with vm.lock:
                 await self._release(vm)
 

@@ -82,6 +82,16 @@ def test_root_in_a_guest_is_an_action_of_its_own() -> None:
         classify(Message(VM_INTERFACE, "Run", "work", (["id"], {"root": 1})))
 
 
+def test_ssh_needs_what_a_command_of_the_same_login_needs() -> None:
+    plain = classify(Message(MANAGER_INTERFACE, "OpenSsh", None, ("work", {})))
+    root = classify(Message(VM_INTERFACE, "OpenSsh", "work", ({"root": True},)))
+    assert plain.actions == ("org.vmsilo1.run",)
+    assert root.actions == ("org.vmsilo1.run-as-root",)
+    assert plain.details == root.details == {"vm": "work", "command": "(any, by ssh)"}
+    with pytest.raises(BadRequest):
+        classify(Message(VM_INTERFACE, "OpenSsh", "work", ({"root": "yes"},)))
+
+
 def test_properties_cannot_be_written() -> None:
     assert {prop.attrib["access"] for prop in INTERFACE.iter("property")} == {"read"}
 

@@ -91,6 +91,18 @@ def test_all_boot_files_are_of_one_version(images: Path) -> None:
     assert image.find_boot_files(BootChoice("default"), images).version == "two"
 
 
+def test_the_guests_user_is_the_manifests(images: Path) -> None:
+    manifest = images / "default" / "one" / "manifest.json"
+    assert image.find_boot_files(BootChoice("default"), images).login == "user"
+    manifest.write_text(json.dumps({"user": "anna"}))
+    assert image.find_boot_files(BootChoice("default"), images).login == "anna"
+    wrong: tuple[object, ...] = ({"user": "../x"}, {"user": 5}, [])
+    for bad in wrong:
+        manifest.write_text(json.dumps(bad))
+        with pytest.raises(StartFailed):
+            image.find_boot_files(BootChoice("default"), images)
+
+
 def test_a_missing_image_says_how_to_build_it(images: Path) -> None:
     with pytest.raises(StartFailed) as caught:
         image.find_boot_files(BootChoice("work"), images)

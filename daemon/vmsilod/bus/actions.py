@@ -15,7 +15,7 @@ from vmsilod.errors import BadRequest, Denied
 from vmsilod.pci.address import parse_address
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
 VIEW = "org.vmsilo1.view"
 START = "org.vmsilo1.start"
@@ -30,6 +30,9 @@ ACTIONS = (VIEW, START, STOP, KILL, RUN, RUN_AS_ROOT, DEBUG, RELOAD, MANAGE_DEVI
 
 MANAGER_INTERFACE = "org.vmsilo1.Manager"
 VM_INTERFACE = "org.vmsilo1.VM"
+# The detail `command` of a login by ssh, which can run any.
+SSH_COMMAND = "(any, by ssh)"
+
 PROPERTIES_INTERFACE = "org.freedesktop.DBus.Properties"
 OBJECTS_INTERFACE = "org.freedesktop.DBus.ObjectManager"
 
@@ -85,11 +88,20 @@ def _check_device(text: str) -> str:
 
 def _of_run(message: Message) -> Need:
     *name, argv, options = message.arguments
+    return _of_login(message, name, options, describe_command(argv))
+
+
+def _of_ssh(message: Message) -> Need:
+    *name, options = message.arguments
+    return _of_login(message, name, options, SSH_COMMAND)
+
+
+def _of_login(message: Message, name: Sequence[str], options: Mapping[str, Any], command: str) -> Need:
     root = options.get("root", False)
     if type(root) is not bool:
         raise BadRequest("option 'root' is not of type bool")
     vm = check_name(name[0]) if message.vm is None else message.vm
-    return Need((RUN_AS_ROOT if root else RUN,), {"vm": vm, "command": describe_command(argv)})
+    return Need((RUN_AS_ROOT if root else RUN,), {"vm": vm, "command": command})
 
 
 _TABLE: dict[tuple[str, str], Callable[[Message], Need]] = {
@@ -104,6 +116,7 @@ _TABLE: dict[tuple[str, str], Callable[[Message], Need]] = {
     (MANAGER_INTERFACE, "Kill"): _of_named(KILL),
     (MANAGER_INTERFACE, "Restart"): _of_named(STOP, START),
     (MANAGER_INTERFACE, "Run"): _of_run,
+    (MANAGER_INTERFACE, "OpenSsh"): _of_ssh,
     (MANAGER_INTERFACE, "StartDebug"): _of_named(DEBUG),
     (MANAGER_INTERFACE, "ListPci"): _of_all(VIEW),
     (MANAGER_INTERFACE, "ClaimPci"): _of_device,
@@ -113,4 +126,5 @@ _TABLE: dict[tuple[str, str], Callable[[Message], Need]] = {
     (VM_INTERFACE, "Kill"): _of_all(KILL),
     (VM_INTERFACE, "Restart"): _of_all(STOP, START),
     (VM_INTERFACE, "Run"): _of_run,
+    (VM_INTERFACE, "OpenSsh"): _of_ssh,
 }

@@ -87,6 +87,9 @@ class VmObject:
     async def Run(self, call: Call, argv: list[str], options: dict[str, Any]) -> int:
         return await self._domain.run(requests.parse_run(self._name, call.uid, argv, options))
 
+    async def OpenSsh(self, call: Call, options: dict[str, Any]) -> tuple[int, int, str, str]:
+        return await self._domain.open_ssh(requests.parse_ssh(self._name, call.uid, options))
+
 
 class RootObject:
     """The object at /org/vmsilo1: org.vmsilo1.Manager and the ObjectManager."""
@@ -128,6 +131,9 @@ class RootObject:
 
     async def Run(self, call: Call, name: str, argv: list[str], options: dict[str, Any]) -> int:
         return await self._domain.run(requests.parse_run(name, call.uid, argv, options))
+
+    async def OpenSsh(self, call: Call, name: str, options: dict[str, Any]) -> tuple[int, int, str, str]:
+        return await self._domain.open_ssh(requests.parse_ssh(name, call.uid, options))
 
     async def Reload(self, _call: Call) -> list[str]:
         return [printable(text, 1024) for text in await self._domain.reload()]
@@ -208,7 +214,8 @@ class Service:
         old = vm.view
         vm.update(view)
         if old.state != view.state:
-            self._root.VmStateChanged(view.name, view.state, printable(view.last_result))
+            reason = view.last_result if view.state in ("stopped", "failed", "broken") else ""
+            self._root.VmStateChanged(view.name, view.state, printable(reason))
 
     def _apply_reload(self, change: Reloaded) -> None:
         self._root.ConfigurationReloaded(change.vms, change.problems)

@@ -13,7 +13,7 @@ from gi.repository import GLib
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from vmsilod.bus.requests import RunRequest
+    from vmsilod.bus.requests import RunRequest, SshRequest
     from vmsilod.pci.ledger import PciView
 
 TEXT_MAX = 256
@@ -40,6 +40,7 @@ class VmView:
     cid: int = 0
     since: int = 0
     last_result: str = ""
+    last_outcome: str = ""
     auto_start: bool = False
     depends_on: tuple[str, ...] = ()
     unit: str = ""
@@ -78,6 +79,10 @@ class Domain(Protocol):
     async def run(self, request: RunRequest) -> int:
         """A descriptor connected to the guest agent, with SPAWN sent. The caller owns it."""
 
+    async def open_ssh(self, request: SshRequest) -> tuple[int, int, str, str]:
+        """A descriptor connected to the guest's sshd and one of the login's private key, both the caller's
+        to close; the login's name; the guest's public host key."""
+
     async def reload(self) -> Sequence[str]: ...
 
     async def check(self) -> Sequence[Mapping[str, str]]: ...
@@ -112,6 +117,7 @@ _PROPERTIES: dict[str, tuple[str, str]] = {
     "Cid": ("u", "cid"),
     "Since": ("t", "since"),
     "LastResult": ("s", "last_result"),
+    "LastOutcome": ("s", "last_outcome"),
     "AutoStart": ("b", "auto_start"),
     "DependsOn": ("as", "depends_on"),
     "Unit": ("s", "unit"),

@@ -22,6 +22,7 @@ from vmsilod.config.schema import (
     KernelParams,
     PciDevices,
     QemuOptions,
+    RestartPolicy,
     RootDisk,
     Seconds,
     Table,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # Not part of what a running VM is made of: a change of these never asks for its restart.
-_OUTSIDE_DIGEST = {"sources", "auto_start"}
+_OUTSIDE_DIGEST = {"sources", "auto_start", "restart"}
 
 
 class VmConfig(Table):
@@ -52,11 +53,13 @@ class VmConfig(Table):
     kernel_params: KernelParams = ()
     root_disk: RootDisk | None = None
     root_disk_readonly: bool = True
+    ssh: bool = True
     vmm: VmmChoice = "auto"
     crosvm: CrosvmOptions = CrosvmOptions()
     qemu: QemuOptions = QemuOptions()
     auto_start: bool = False
     depends_on: VmNames = ()
+    restart: RestartPolicy = RestartPolicy()
     pci_devices: PciDevices = ()
     start_timeout: Seconds
     stop_timeout: Seconds

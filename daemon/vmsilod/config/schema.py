@@ -31,6 +31,7 @@ VmmChoice = Literal["auto", "crosvm", "qemu"]
 Accel = Literal["auto", "kvm", "tcg"]
 Machine = Literal["auto", "microvm", "q35"]
 DiskFormat = Literal["raw"]
+RestartWhen = Literal["no", "on-crash"]
 
 
 def check_vm_name(name: str) -> str:
@@ -99,6 +100,10 @@ def _check_no_duplicates(names: tuple[str, ...]) -> tuple[str, ...]:
     if twice:
         raise ValueError(f"names {', '.join(twice)} more than once")
     return names
+
+
+def _expand_restart(value: Any) -> Any:  # as below
+    return {"policy": value} if isinstance(value, str) else value
 
 
 def _expand_disk(value: Any) -> Any:  # whatever TOML gave; pydantic checks the result
@@ -184,6 +189,14 @@ class VmQemuOptions(Table):
     extra_args: Arguments = ()
 
 
+class RestartPolicy(Table):
+    """At most `limit` restarts within `within` seconds."""
+
+    policy: RestartWhen = "no"
+    limit: Annotated[int, Field(ge=1, le=100)] = 3
+    within: Annotated[int, Field(ge=1, le=86400)] = 600
+
+
 class GlobalConfig(Table):
     """vmsilo.toml."""
 
@@ -210,11 +223,13 @@ class VmFile(Table):
     kernel_params: KernelParams = ()
     root_disk: Annotated[RootDisk | None, BeforeValidator(_expand_disk)] = None
     root_disk_readonly: bool = True
+    ssh: bool = True
     vmm: VmmChoice | None = None
     crosvm: VmCrosvmOptions = VmCrosvmOptions()
     qemu: VmQemuOptions = VmQemuOptions()
     auto_start: bool = False
     depends_on: VmNames = ()
+    restart: Annotated[RestartPolicy | None, BeforeValidator(_expand_restart)] = None
     pci_devices: PciDevices = ()
     start_timeout: Seconds | None = None
     stop_timeout: Seconds | None = None

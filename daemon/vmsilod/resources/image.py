@@ -15,7 +15,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmsilo_image.cpio import secret_archive
+from vmsilo_image.cpio import SshKeys, check_login, secret_archive
 
 from vmsilod.errors import StartFailed
 from vmsilod.resources.paths import open_safely
@@ -32,6 +32,7 @@ class BootFiles:
     initrd: Path | None
     root: Path
     version: str
+    login: str = "user"  # the guest's user, as the image's manifest says
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,13 @@ def find_boot_files(choice: BootChoice, images: Path = IMAGES_DIR) -> BootFiles:
     """Resolve the image's current version once, so that a switch during a start cannot mix two versions."""
     needs_image = not (choice.kernel and choice.root_disk)
     base = Path()
+    login = "user"
     if needs_image:
         link = images / choice.image / "current"
         try:
             base = link.resolve(strict=True)
-            json.loads((base / "manifest.json").read_text())
-        except (OSError, ValueError) as error:
+            login = check_login(json.loads((base / "manifest.json").read_text()).get("user", login))
+        except (OSError, ValueError, AttributeError, TypeError) as error:
             raise StartFailed(
                 f"image '{choice.image}' has no usable current version in {images}",
                 f"sudo vmsilo image build {choice.image}",
@@ -65,6 +67,7 @@ def find_boot_files(choice: BootChoice, images: Path = IMAGES_DIR) -> BootFiles:
         initrd=initrd,
         root=Path(choice.root_disk) if choice.root_disk else base / "root.erofs",
         version=base.name if needs_image else "custom",
+        login=login,
     )
 
 
@@ -80,9 +83,9 @@ def open_file(path: Path, *, writable: bool = False) -> int:
     return fd
 
 
-def make_initrd(initrd: Path | None, secret: str) -> int:
+def make_initrd(initrd: Path | None, secret: str, ssh: SshKeys | None = None) -> int:
     """A sealed memory file: the initrd, padded to 4 bytes, and behind it a cpio archive that holds only the
-    secret.
+    secret and the ssh keys.
 
     The kernel unpacks concatenated archives one after the other
     (Documentation/driver-api/early-userspace/buffer-format). A command line would show the secret: argv to
@@ -91,7 +94,7 @@ def make_initrd(initrd: Path | None, secret: str) -> int:
     target = os.memfd_create("vmsilo-initrd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         size = _copy(initrd, target) if initrd is not None else 0
-        os.pwrite(target, b"\0" * (-size % 4) + secret_archive(secret), size)
+        os.pwrite(target, b"\0" * (-size % 4) + secret_archive(secret, ssh), size)
         seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
         fcntl.fcntl(target, fcntl.F_ADD_SEALS, seals)
         # Every open of a memory file is checked against its mode: the VMM's uid opens it again by

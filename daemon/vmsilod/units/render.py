@@ -261,6 +261,8 @@ def _render_restart(context: UnitContext) -> str:
     return """Restart=no
 # Guest reset: crosvm exits with 32 and never reboots the guest by itself.
 RestartForceExitStatus=32
+# One that meets a stop is no failure.
+SuccessExitStatus=32
 RestartSec=500ms
 """
 

@@ -42,9 +42,17 @@ class Driver:
     open_monitor: OpenMonitor
     monitor_type: socket.SocketKind
     """What the listening monitor descriptor must be."""
+    speaks_when_running: bool = False
+    """Whether explain_exit needs guest_ran, and first_sign.py can find it out."""
 
 
 DRIVERS = {
     VmmKind.CROSVM: Driver(crosvm.plan_launch, crosvm.explain_exit, CrosvmMonitor, socket.SOCK_SEQPACKET),
-    VmmKind.QEMU: Driver(qemu.plan_launch, qemu.explain_exit, QemuMonitor, socket.SOCK_STREAM),
+    VmmKind.QEMU: Driver(
+        qemu.plan_launch,
+        qemu.explain_exit,
+        QemuMonitor,
+        socket.SOCK_STREAM,
+        speaks_when_running=True,
+    ),
 }

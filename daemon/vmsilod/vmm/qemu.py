@@ -175,15 +175,19 @@ def explain_exit(code: int | None, number: int | None, *, guest_ran: bool = Fals
     """Exactly one of exit code and signal number is not None.
 
     QEMU ends with 1 both for a VM that it could not start and for a panic of the guest (-action
-    panic=exit-failure), so `guest_ran` (the guest had announced itself) tells the two apart. A guest's
-    reboot never ends QEMU.
+    panic=exit-failure), so `guest_ran` (its main loop was seen to run, or the guest announced itself) tells
+    the two apart. A guest's reboot never ends QEMU.
     """
     if number is not None:
         return explain_signal("QEMU", number, _SIGNAL_CAUSES)
     if code == 0:
         return Outcome(OutcomeKind.STOPPED, "the guest powered off, or the VM was stopped")
     if code == 1 and guest_ran:
-        return Outcome(OutcomeKind.PANIC, "QEMU ended with 1 while the guest ran: its kernel panicked")
+        return Outcome(
+            OutcomeKind.PANIC,
+            "QEMU ended with 1 while the guest ran: its kernel panicked",
+            "the guest's console says more: vm-start-debug",
+        )
     if code == 1:
         return Outcome(
             OutcomeKind.FAILED,

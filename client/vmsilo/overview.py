@@ -20,6 +20,7 @@ Usage: vmsilo COMMAND [ARGUMENT]...
   status [--json] [NAME]  the same; everything about one VM
   check [--json]          check the configuration
   image ...               build and list images; see vmsilo image --help
+  usb ...                 USB devices of this computer in VMs; see vmsilo usb --help
   version                 print the version
   help                    this text
 
@@ -40,6 +41,10 @@ def main(argv: list[str], place: Place) -> int:
         return 0
     if command in ("check", "image"):
         return _become(f"{place.libdir}/bin/vmsilo-{command}", arguments)
+    if command == "usb":
+        from vmsilo import usb
+
+        return usb.main(arguments, place)
     if command not in ("list", "status"):
         raise UsageError(f"unknown command '{printable(command, 60)}'", "vmsilo help")
     options, rest = parse_options(arguments, ("--json", "--help", "-h"), ())

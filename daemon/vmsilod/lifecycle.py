@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from vmsilod.registry import Registry, Vm
     from vmsilod.runs import Runs
     from vmsilod.systemd import Systemd, UnitState
+    from vmsilod.usb.attachments import UsbAttachments
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,15 @@ DEFAULT_START_SECONDS = 180.0
 class Lifecycle:
     """`bus.service.Domain` over the registry; tells each subscriber of every change."""
 
-    def __init__(self, registry: Registry, systemd: Systemd, runs: Runs, publication: Publication) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        systemd: Systemd,
+        runs: Runs,
+        publication: Publication,
+        usb: UsbAttachments,
+    ) -> None:
+        self.usb = usb
         self._registry = registry
         self._systemd = systemd
         self._runs = runs

@@ -29,6 +29,8 @@ from vmsilod.registry import Registry
 from vmsilod.relay_client import RelayClient
 from vmsilod.runs import Runs
 from vmsilod.systemd import Systemd
+from vmsilod.usb.attachments import UsbAttachments
+from vmsilod.usb.watch import UsbWatch
 from vmsilod.watch import ConfigurationWatch
 
 if TYPE_CHECKING:
@@ -51,7 +53,8 @@ class Daemon:
         self._systemd = Systemd(self._con, lambda unit: self._lifecycle.unit_changed(unit))
         self._publication = Publication(self._registry, self._systemd)
         self._runs = Runs(self._registry, self._systemd, lambda vm: self._lifecycle.changed(vm))
-        self._lifecycle = Lifecycle(self._registry, self._systemd, self._runs, self._publication)
+        self._usb = UsbAttachments(self._registry)
+        self._lifecycle = Lifecycle(self._registry, self._systemd, self._runs, self._publication, self._usb)
         self._publication.on_applied = self._lifecycle.configuration_applied
         self._control_socket = control
 
@@ -70,6 +73,9 @@ class Daemon:
             self._con, self._lifecycle, Polkit(self._con), version=VERSION, on_closed=self._lost_bus
         )
         self._watch = ConfigurationWatch(DEFAULT_ROOTS, lambda: _start(self._publication.reload()))
+        await self._usb.repair()
+        self._lifecycle.subscribe(self._usb.vm_changed)
+        self._usb_watch = UsbWatch(self._usb.refresh)
         notify("READY=1")
         await self._publication.start_autostart_vms()
 

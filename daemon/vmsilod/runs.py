@@ -356,6 +356,7 @@ def shape_of(config: VmConfig) -> launch.VmShape:
         memory_mib=config.memory,
         cpus=config.cpus,
         kernel_params=tuple(config.kernel_params),
+        usb=config.wants_usb,
         crosvm=launch.CrosvmShape(
             config.crosvm.log_level, tuple(config.crosvm.extra_args), tuple(config.crosvm.extra_run_args)
         ),

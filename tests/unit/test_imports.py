@@ -31,6 +31,7 @@ LAYERS = (
     {"vmsilod.units", "vmsilod.bus", "vmsilod.host"},
     {"vmsilod.registry", "vmsilod.relay_client", "vmsilod.control", "vmsilod.preparation", "vmsilod.watch"},
     {"vmsilod.spawning", "vmsilod.vm_view", "vmsilod.publication"},
+    {"vmsilod.usb"},
     {"vmsilod.runs"},
     {"vmsilod.lifecycle"},
     {"vmsilod.main"},

@@ -24,7 +24,8 @@ RUN = "org.vmsilo1.run"
 RUN_AS_ROOT = "org.vmsilo1.run-as-root"
 DEBUG = "org.vmsilo1.debug"
 RELOAD = "org.vmsilo1.reload"
-ACTIONS = (VIEW, START, STOP, KILL, RUN, RUN_AS_ROOT, DEBUG, RELOAD)
+MANAGE_DEVICES = "org.vmsilo1.manage-devices"
+ACTIONS = (VIEW, START, STOP, KILL, RUN, RUN_AS_ROOT, DEBUG, RELOAD, MANAGE_DEVICES)
 
 MANAGER_INTERFACE = "org.vmsilo1.Manager"
 VM_INTERFACE = "org.vmsilo1.VM"
@@ -79,6 +80,13 @@ def _of_run(message: Message) -> Need:
     return Need((RUN_AS_ROOT if root else RUN,), {"vm": vm, "command": describe_command(argv)})
 
 
+def _of_usb(message: Message) -> Need:
+    """The device's address is the last argument; a VM's name comes before it where there is one."""
+    *name, address = message.arguments
+    vm = {"vm": check_name(name[0])} if name else {}
+    return Need((MANAGE_DEVICES,), {**vm, "device": describe_command([address])})
+
+
 _TABLE: dict[tuple[str, str], Callable[[Message], Need]] = {
     (PROPERTIES_INTERFACE, "Get"): _of_all(VIEW),
     (PROPERTIES_INTERFACE, "GetAll"): _of_all(VIEW),
@@ -92,6 +100,10 @@ _TABLE: dict[tuple[str, str], Callable[[Message], Need]] = {
     (MANAGER_INTERFACE, "Restart"): _of_named(STOP, START),
     (MANAGER_INTERFACE, "Run"): _of_run,
     (MANAGER_INTERFACE, "StartDebug"): _of_named(DEBUG),
+    (MANAGER_INTERFACE, "ListUsb"): _of_all(VIEW),
+    (MANAGER_INTERFACE, "AttachUsb"): _of_usb,
+    (MANAGER_INTERFACE, "DetachUsb"): _of_usb,
+    (MANAGER_INTERFACE, "ReleaseUsb"): _of_usb,
     (VM_INTERFACE, "Start"): _of_all(START),
     (VM_INTERFACE, "Stop"): _of_all(STOP),
     (VM_INTERFACE, "Kill"): _of_all(KILL),

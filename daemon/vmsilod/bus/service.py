@@ -29,6 +29,7 @@ from vmsilod.bus.views import (
     VmView,
     find_changes,
     pack_properties,
+    pack_usb,
     printable,
 )
 from vmsilod.errors import Denied, Failed
@@ -134,6 +135,18 @@ class RootObject:
     async def Check(self, _call: Call) -> list[dict[str, str]]:
         problems = await self._domain.check()
         return [{key: printable(text, 1024) for key, text in problem.items()} for problem in problems]
+
+    async def ListUsb(self, _call: Call) -> list[dict[str, GLib.Variant]]:
+        return [pack_usb(view) for view in await self._domain.usb.list_devices()]
+
+    async def AttachUsb(self, _call: Call, name: str, device: str) -> None:
+        await self._domain.usb.attach(name, device)
+
+    async def DetachUsb(self, _call: Call, name: str, device: str) -> None:
+        await self._domain.usb.detach(name, device)
+
+    async def ReleaseUsb(self, _call: Call, device: str) -> None:
+        await self._domain.usb.release(device)
 
     async def StartDebug(self, call: Call, name: str, *handles: int) -> str:
         fds: list[int] = []

@@ -56,6 +56,8 @@ class VmShape:
     kernel_params: tuple[str, ...] = ()
     needs_pci: bool = False
     """The VM has a device that only a PCI machine can hold."""
+    usb: bool = False
+    """The VM has an xHCI controller, into which host devices can be plugged while it runs."""
     crosvm: CrosvmShape = field(default_factory=CrosvmShape)
     qemu: QemuShape = field(default_factory=QemuShape)
 

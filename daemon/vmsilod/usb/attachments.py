@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vmsilod import loop
@@ -18,7 +19,7 @@ from vmsilod.bus.views import UsbView, VmView
 from vmsilod.errors import BadRequest, Busy, NotRunning, VmsiloError
 from vmsilod.resources import rundir
 from vmsilod.usb import handover, state
-from vmsilod.usb.devices import UsbDevice, find_devices
+from vmsilod.usb.devices import SYSFS, UsbDevice, find_devices
 from vmsilod.usb.rules import Claim, UsbRule, choose_device, find_claim, rule_for
 from vmsilod.usb.state import Attachment, UsbRun
 from vmsilod.usb.usage import find_obstacles
@@ -46,11 +47,22 @@ class _Holder:
     attachment: Attachment
 
 
+@dataclass(frozen=True)
+class UsbPlace:
+    """Where the kernel shows devices, and where the VMs' monitor sockets and the state are."""
+
+    sysfs: Path = SYSFS
+    dev: Path = Path("/dev")
+    vm_dir: Path = rundir.VM_DIR
+    state_file: Path = state.STATE_FILE
+
+
 class UsbAttachments:
     """`bus.views.UsbDomain` over sysfs and the VMMs."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, place: UsbPlace | None = None) -> None:
         self._registry = registry
+        self._place = place or UsbPlace()
         self._runs: dict[str, UsbRun] = {}
         self._lock = Lock()
         self._failed: set[tuple[str, tuple[str, int, int]]] = set()
@@ -60,7 +72,7 @@ class UsbAttachments:
     # What the bus asks
 
     async def list_devices(self) -> list[UsbView]:
-        devices, obstacles = await loop.in_worker(_survey)
+        devices, obstacles = await loop.in_worker(_survey, self._place)
         claims, refused = self._find_claims(), self._find_refused()
         return [self._describe(device, claims, refused, obstacles[device.key]) for device in devices]
 
@@ -68,7 +80,7 @@ class UsbAttachments:
         vm = self._registry.require(name)
         async with self._lock:
             monitor = self._open_monitor(vm)
-            device = choose_device(untrusted_address, await loop.in_worker(find_devices))
+            device = choose_device(untrusted_address, await loop.in_worker(find_devices, self._place.sysfs))
             holder = self._find_holder(device)
             if holder is not None and holder.vm is not vm:
                 raise Busy(
@@ -88,7 +100,7 @@ class UsbAttachments:
         async with self._lock:
             monitor = self._open_monitor(vm)
             run = self._run_of(vm)
-            devices = await loop.in_worker(find_devices)
+            devices = await loop.in_worker(find_devices, self._place.sysfs)
             keys = {attachment.key for attachment in run.attached}
             device = choose_device(untrusted_address, devices, [d for d in devices if d.key in keys])
             attachment = next((entry for entry in run.attached if entry.key == device.key), None)
@@ -105,7 +117,7 @@ class UsbAttachments:
 
     async def release(self, untrusted_address: str) -> None:
         async with self._lock:
-            device = choose_device(untrusted_address, await loop.in_worker(find_devices))
+            device = choose_device(untrusted_address, await loop.in_worker(find_devices, self._place.sysfs))
             holder = self._find_holder(device)
             if holder is not None:
                 raise Busy(
@@ -118,7 +130,7 @@ class UsbAttachments:
                     f"VM '{claim.vm}', which runs, has the rule {claim.rule} for USB device {device.name}",
                     f"vmsilo usb detach {claim.vm} {device.name}",
                 )
-            await loop.in_worker(handover.give_to_host, device)
+            await loop.in_worker(handover.give_to_host, device, self._place.sysfs)
             log.info("USB device %s (%s) given to the host on request", device.name, device.ids)
 
     # What happens by itself
@@ -145,7 +157,7 @@ class UsbAttachments:
         beyond.
         """
         async with self._lock:
-            saved = await loop.in_worker(state.load_state)
+            saved = await loop.in_worker(state.load_state, self._place.state_file)
             for name, run in saved.items():
                 vm = self._registry.find(name)
                 if (
@@ -188,7 +200,7 @@ class UsbAttachments:
                 if before != {}:
                     await self._save()
                 return
-            devices = await loop.in_worker(find_devices)
+            devices = await loop.in_worker(find_devices, self._place.sysfs)
             present = {device.key: device for device in devices}
             self._failed = {(vm, key) for vm, key in self._failed if key in present}
             for vm in served:
@@ -213,7 +225,7 @@ class UsbAttachments:
             elif device.host_drivers:
                 # A driver that was loaded since takes every device that nobody has claimed yet.
                 with contextlib.suppress(VmsiloError):
-                    await loop.in_worker(_unbind_host_drivers, device)
+                    await loop.in_worker(handover.take_from_host, device, self._place.sysfs)
 
     async def _attach_by_rule(self, claim: Claim, device: UsbDevice) -> None:
         vm = self._registry.find(claim.vm)
@@ -229,7 +241,7 @@ class UsbAttachments:
             )
 
     async def _plug_in(self, vm: Vm, run: UsbRun, monitor: UsbMonitor, device: UsbDevice) -> None:
-        fd = await loop.in_worker(_take_device, device, monitor.returns_usb_to_host)
+        fd = await loop.in_worker(_take_device, device, monitor.returns_usb_to_host, self._place)
         try:
             label = f"{device.busnum}-{device.devnum}"
             handle = await loop.in_worker(monitor.attach_usb, fd, label)
@@ -273,7 +285,7 @@ class UsbAttachments:
                 f"set usb = true in its configuration and restart it: vm-stop {vm.name}; vm-start {vm.name}",
             )
         driver = drivers.DRIVERS[VmmKind(vm.record.vmm)]
-        monitor = driver.open_monitor(rundir.VM_DIR / vm.name / "monitor.sock", timeout=MONITOR_SECONDS)
+        monitor = driver.open_monitor(self._place.vm_dir / vm.name / "monitor.sock", timeout=MONITOR_SECONDS)
         if not isinstance(monitor, UsbMonitor):
             raise BadRequest(
                 f"VM '{vm.name}' runs in {vm.record.vmm}, which takes no USB devices",
@@ -334,29 +346,24 @@ def _has_word(run: UsbRun) -> bool:
     return bool(run.attached or run.wanted or run.refused)
 
 
-def _survey() -> tuple[list[UsbDevice], dict[tuple[str, int, int], str]]:
-    devices = find_devices()
-    return devices, {device.key: next(iter(find_obstacles(device)), "") for device in devices}
+def _survey(place: UsbPlace) -> tuple[list[UsbDevice], dict[tuple[str, int, int], str]]:
+    devices = find_devices(place.sysfs)
+    return devices, {device.key: next(iter(find_obstacles(device, place.sysfs)), "") for device in devices}
 
 
-def _take_device(device: UsbDevice, vmm_returns_it: bool) -> int:  # noqa: FBT001 - called through the worker
+def _take_device(device: UsbDevice, vmm_returns_it: bool, place: UsbPlace) -> int:  # noqa: FBT001
     """The descriptor, which the caller owns. Refused devices are left as they are."""
     if device.is_hub:
         raise BadRequest(f"USB device {device.name} is a hub", "attach what is plugged into it, one by one")
-    if obstacles := find_obstacles(device):
-        raise Busy(
-            f"USB device {device.name} stays with the host: {obstacles[0]}", "unmount it, then try again"
-        )
-    fd = handover.open_device(device)
+    if obstacles := find_obstacles(device, place.sysfs):
+        fact = f"USB device {device.name} stays with the host: {obstacles[0]}"
+        raise Busy(fact, "unmount it, then try again")
+    fd = handover.open_device(device, place.dev, place.sysfs)
     try:
-        handover.take_from_host(device)
+        handover.take_from_host(device, place.sysfs)
         if vmm_returns_it:
             handover.drop_privileges(fd)
     except BaseException:
         os.close(fd)
         raise
     return fd
-
-
-def _unbind_host_drivers(device: UsbDevice) -> None:
-    handover.take_from_host(device)

@@ -21,13 +21,15 @@ GREETING = {"QMP": {"version": {"qemu": {"major": 10, "minor": 0, "micro": 0}}, 
 
 
 class QmpServer:
-    """`devices` maps an id to what its descriptor leads to. `late` sends DEVICE_DELETED after the answer."""
+    """`devices` maps an id to what its descriptor leads to. `late` sends DEVICE_DELETED after the answer,
+    `silent` never.
+    """
 
-    def __init__(self, path: Path, *, late: bool = False, refuse: str = "") -> None:
+    def __init__(self, path: Path, *, late: bool = False, silent: bool = False, refuse: str = "") -> None:
         self.devices: dict[str, str] = {}
         self.commands: list[str] = []
         self.fdsets: dict[int, int] = {}
-        self._late, self._refuse = late, refuse
+        self._late, self._silent, self._refuse = late, silent, refuse
         self._next = 0
         self._over = False
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,6 +92,8 @@ class QmpServer:
         elif command == "device_del":
             if self.devices.pop(arguments["id"], None) is None:
                 return [{"error": {"class": "DeviceNotFound", "desc": "Device not found"}}]
+            if self._silent:
+                return [done]
             event = {"event": "DEVICE_DELETED", "data": {"device": arguments["id"], "path": "/x"}}
             return [done, {"event": "RTC_CHANGE"}, event] if self._late else [event, done]
         elif command == "qom-list":

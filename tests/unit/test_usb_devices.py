@@ -181,7 +181,7 @@ def test_numbers_that_were_given_to_another_device_are_noticed(
         return real("/dev/null", flags & ~os.O_NOFOLLOW)
 
     # No device node of USB can be opened without USB: the open and its check are the kernel's part.
-    monkeypatch.setattr(handover.os, "open", open_null)
+    monkeypatch.setattr(os, "open", open_null)
     monkeypatch.setattr(handover, "check_node", lambda *_: None)
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     with pytest.raises(Busy, match="unplugged"):

@@ -337,9 +337,8 @@ class UsbAttachments:
         )
 
     async def _save(self) -> None:
-        await loop.in_worker(
-            state.save_state, {name: run for name, run in self._runs.items() if _has_word(run)}
-        )
+        known = {name: run for name, run in self._runs.items() if _has_word(run)}
+        await loop.in_worker(state.save_state, known, self._place.state_file)
 
 
 def _has_word(run: UsbRun) -> bool:

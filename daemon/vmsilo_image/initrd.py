@@ -19,9 +19,8 @@ from .tree import resolve_inside
 if TYPE_CHECKING:
     from pathlib import Path
 
-# libcrc32c of a full Debian kernel (for erofs, ext4) does not load without the algorithm, and modules.dep
-# does
-# not say so.
+# libcrc32c of a full Debian kernel, which erofs needs, does not load without the algorithm, and modules.dep
+# does not say so.
 FIRST_IF_THERE = ("crc32c_generic",)
 # Order is load order: the transports come last, so that a device finds its driver when it appears.
 WANTED = (

@@ -150,9 +150,7 @@ def test_what_is_no_saved_configuration_is_refused(text: str) -> None:
 
 
 def test_usb_devices_are_tables_or_short(tmp_path: Path) -> None:
-    text = (
-        'usb_devices = ["046D:C52B", "0951:1666:a:b", {vendor = "1d6b", product = "0002", serial = "X"}]'
-    )
+    text = 'usb_devices = ["046D:C52B", "0951:1666:a:b", {vendor = "1d6b", product = "0002", serial = "X"}]'
     vm = load_vm(tmp_path, text)
     assert [(rule.vendor, rule.product, rule.serial) for rule in vm.usb_devices] == [
         ("046d", "c52b", ""),

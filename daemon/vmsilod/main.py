@@ -65,6 +65,7 @@ class Daemon:
         await self._lifecycle.refresh_all()
         await self._publication.reload()
         await self._lifecycle.refresh_all()
+        await self._usb.load()
         self._relay = RelayClient(self._lifecycle.relay_event, lambda: _start(self._runs.agree_with_relay()))
         self._runs.use_relay(self._relay)
         self._relay.open()
@@ -73,10 +74,10 @@ class Daemon:
             self._con, self._lifecycle, Polkit(self._con), version=VERSION, on_closed=self._lost_bus
         )
         self._watch = ConfigurationWatch(DEFAULT_ROOTS, lambda: _start(self._publication.reload()))
-        await self._usb.repair()
+        notify("READY=1")
+        _start(self._usb.repair())  # it asks the VMMs, and one that hangs must not keep the others waiting
         self._lifecycle.subscribe(self._usb.vm_changed)
         self._usb_watch = UsbWatch(self._usb.refresh)
-        notify("READY=1")
         await self._publication.start_autostart_vms()
 
     def run(self) -> int:

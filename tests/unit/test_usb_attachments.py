@@ -82,6 +82,7 @@ class Desk:
 
     def restart_daemon(self) -> None:
         self.usb = UsbAttachments(self.registry, self.place)
+        run(self.usb.load())
         run(self.usb.repair())
         run(self.settle())
 

@@ -86,6 +86,15 @@ def test_a_device_whose_interfaces_are_not_there_yet_is_not_configured(tree: Usb
     assert one(tree, "1-1").configured
 
 
+def test_each_plugging_in_is_another_whatever_its_numbers(tree: UsbTree) -> None:
+    path = tree.plug(Plugged("1-1", 2, serial=b"A"))
+    first = one(tree, "1-1")
+    assert one(tree, "1-1").key == first.key
+    path.rename(path.with_name("gone"))
+    tree.plug(Plugged("1-1", 2, serial=b"A"))
+    assert one(tree, "1-1").key != first.key
+
+
 @pytest.mark.parametrize(("name", "content"), [("devnum", b"x"), ("idVendor", b"12"), ("busnum", b"")])
 def test_a_device_on_its_way_out_is_left_out(tree: UsbTree, name: str, content: bytes) -> None:
     (tree.plug(Plugged("1-1", 2)) / name).write_bytes(content)

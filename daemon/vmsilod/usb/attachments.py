@@ -19,7 +19,7 @@ from vmsilod.bus.views import UsbView, VmView
 from vmsilod.errors import BadRequest, Busy, NotRunning, VmsiloError
 from vmsilod.resources import rundir
 from vmsilod.usb import handover, state
-from vmsilod.usb.devices import SYSFS, UsbDevice, find_devices
+from vmsilod.usb.devices import SYSFS, Key, UsbDevice, find_devices
 from vmsilod.usb.rules import Claim, UsbRule, choose_device, find_claim, rule_for
 from vmsilod.usb.state import Attachment, UsbRun
 from vmsilod.usb.usage import find_obstacles
@@ -65,7 +65,7 @@ class UsbAttachments:
         self._place = place or UsbPlace()
         self._runs: dict[str, UsbRun] = {}
         self._lock = Lock()
-        self._failed: set[tuple[str, tuple[str, int, int]]] = set()
+        self._failed: set[tuple[str, Key]] = set()
         self._stale = False
         self._states: dict[str, str] = {}
 
@@ -152,21 +152,17 @@ class UsbAttachments:
             self._stale = True
             loop.spawn(self._agree())
 
+    async def load(self) -> None:
+        """At start, before anybody asks: what the last vmsilod wrote down of the runs that go on."""
+        for name, run in (await loop.in_worker(state.load_state, self._place.state_file)).items():
+            vm = self._registry.find(name)
+            record = vm.record if vm is not None and self._is_served(vm) else None
+            if record is not None and record.invocation == run.invocation:
+                self._runs[name] = run
+
     async def repair(self) -> None:
-        """At start: go on with what the file says, as far as the VMMs have it; unplug what they have
-        beyond.
-        """
+        """After load: as far as the VMMs have it, go on with it; unplug what they have beyond."""
         async with self._lock:
-            saved = await loop.in_worker(state.load_state, self._place.state_file)
-            for name, run in saved.items():
-                vm = self._registry.find(name)
-                if (
-                    vm is not None
-                    and self._is_served(vm)
-                    and vm.record
-                    and vm.record.invocation == run.invocation
-                ):
-                    self._runs[name] = run
             for vm in self._registry:
                 if self._is_served(vm) and self._has_controller(vm):
                     await self._repair_vm(vm)
@@ -212,7 +208,7 @@ class UsbAttachments:
             if before != {name: len(run.attached) for name, run in self._runs.items()}:
                 await self._save()
 
-    async def _check_attached(self, vm: Vm, present: dict[tuple[str, int, int], UsbDevice]) -> None:
+    async def _check_attached(self, vm: Vm, present: dict[Key, UsbDevice]) -> None:
         """Unplug what is gone from the host, and keep host drivers off what is there."""
         run = self._run_of(vm)
         for attachment in list(run.attached):
@@ -247,7 +243,7 @@ class UsbAttachments:
             handle = await loop.in_worker(monitor.attach_usb, fd, label)
         finally:
             os.close(fd)
-        run.attached.append(Attachment(handle, device.name, device.busnum, device.devnum, device.ids))
+        run.attached.append(Attachment(handle, *device.key, device.ids))
         await self._save()
         log.info("VM %s: USB device %s (%s) attached", vm.name, device.name, device.ids)
 
@@ -345,7 +341,7 @@ def _has_word(run: UsbRun) -> bool:
     return bool(run.attached or run.wanted or run.refused)
 
 
-def _survey(place: UsbPlace) -> tuple[list[UsbDevice], dict[tuple[str, int, int], str]]:
+def _survey(place: UsbPlace) -> tuple[list[UsbDevice], dict[Key, str]]:
     devices = find_devices(place.sysfs)
     return devices, {device.key: next(iter(find_obstacles(device, place.sysfs)), "") for device in devices}
 

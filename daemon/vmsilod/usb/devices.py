@@ -15,6 +15,8 @@ SYSFS = Path("/sys")
 TEXT_MAX = 126  # characters of a string descriptor: 255 bytes, two of them its head, in UTF-16
 READ_MAX = 1024  # bytes
 
+Key = tuple[str, int, int]
+
 _DEVICE_NAME = re.compile(r"[1-9][0-9]*-[1-9][0-9]*(\.[1-9][0-9]*)*")
 _ROOT_HUB_NAME = re.compile(r"usb[1-9][0-9]*")
 _HUB, _HID, _WIRELESS = 0x09, 0x03, 0xE0
@@ -47,8 +49,9 @@ class UsbInterface:
 
 @dataclass(frozen=True)
 class UsbDevice:
-    """`name` is sysfs' (`1-2.3`: bus and ports) and stays with the port; `busnum` and `devnum` are new with
-    each plugging in. `serial` is "" where there is none that could be trusted to be written down.
+    """`name` is sysfs' (`1-2.3`: bus and ports) and stays with the port; `devnum` is new with each
+    plugging in until its bus itself goes; `instance`, the inode of its directory, always is. `serial` is
+    "" where there is none that could be trusted to be written down.
     """
 
     name: str
@@ -58,6 +61,7 @@ class UsbDevice:
     product: str
     serial: str = ""
     title: str = ""
+    instance: int = 0
     device_class: int = 0
     speed: str = ""
     configured: bool = True
@@ -72,9 +76,9 @@ class UsbDevice:
         return f"{self.vendor}:{self.product}" + (f":{self.serial}" if self.serial else "")
 
     @property
-    def key(self) -> tuple[str, int, int]:
+    def key(self) -> Key:
         """Tells this plugging in from any other of this boot."""
-        return self.name, self.busnum, self.devnum
+        return self.name, self.devnum, self.instance
 
     @property
     def host_drivers(self) -> tuple[str, ...]:
@@ -124,6 +128,7 @@ def _read_device(path: Path) -> UsbDevice | None:
         busnum, devnum = int(_read(path / "busnum")), int(_read(path / "devnum"))
         vendor, product = _read_hex(path / "idVendor", 4), _read_hex(path / "idProduct", 4)
         device_class = int(_read_hex(path / "bDeviceClass", 2), 16)
+        instance = path.stat().st_ino
     except (OSError, ValueError):
         return None  # on its way in or out
     names = (clean_text(_read_optional(path / name)) for name in ("manufacturer", "product"))
@@ -137,6 +142,7 @@ def _read_device(path: Path) -> UsbDevice | None:
         product=product,
         serial=clean_serial(_read_optional(path / "serial")),
         title=" ".join(name for name in names if name)[:TEXT_MAX],
+        instance=instance,
         device_class=device_class,
         speed=clean_text(_read_optional(path / "speed"))[:16],
         # The kernel makes the device first, then its interfaces.

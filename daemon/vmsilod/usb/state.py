@@ -12,10 +12,13 @@ import logging
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vmsilod.errors import Failed
 from vmsilod.usb.rules import UsbRule
+
+if TYPE_CHECKING:
+    from vmsilod.usb.devices import Key
 
 log = logging.getLogger(__name__)
 
@@ -25,17 +28,17 @@ STATE_FILE = Path("/run/vmsilo/state/usb-attached")
 
 @dataclass(frozen=True)
 class Attachment:
-    """A device in a VM: the VMM's handle, and sysfs' name and numbers of that plugging in."""
+    """A device in a VM: the VMM's handle, and what tells that plugging in from others."""
 
     handle: str
     name: str
-    busnum: int
     devnum: int
+    instance: int
     ids: str
 
     @property
-    def key(self) -> tuple[str, int, int]:
-        return self.name, self.busnum, self.devnum
+    def key(self) -> Key:
+        return self.name, self.devnum, self.instance
 
 
 @dataclass

@@ -346,11 +346,8 @@ class Runs:
                 log.error(
                     "VM %s: the relay was stopped and does not know it any more; restart the VM", vm.name
                 )
-                vm.agent, vm.ready, vm.status = (
-                    False,
-                    False,
-                    "unreachable: the relay was stopped; restart the VM",
-                )
+                vm.agent = vm.ready = False
+                vm.status = "unreachable: the relay was stopped; restart the VM"
                 self._on_change(vm)
 
 
@@ -372,6 +369,7 @@ def shape_of(config: VmConfig) -> launch.VmShape:
         kernel_params=tuple(config.kernel_params),
         needs_pci=bool(config.pci_devices),
         pci=tuple(launch.PciFunction(device.path, device.iommu) for device in config.pci_devices),
+        usb=config.wants_usb,
         crosvm=launch.CrosvmShape(
             config.crosvm.log_level, tuple(config.crosvm.extra_args), tuple(config.crosvm.extra_run_args)
         ),

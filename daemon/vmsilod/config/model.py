@@ -26,6 +26,7 @@ from vmsilod.config.schema import (
     RootDisk,
     Seconds,
     Table,
+    UsbDevices,
     VmFile,
     VmmChoice,
     VmName,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # Not part of what a running VM is made of: a change of these never asks for its restart.
-_OUTSIDE_DIGEST = {"sources", "auto_start", "restart"}
+_OUTSIDE_DIGEST = {"sources", "auto_start", "restart", "usb_devices"}
 
 
 class VmConfig(Table):
@@ -57,6 +58,8 @@ class VmConfig(Table):
     vmm: VmmChoice = "auto"
     crosvm: CrosvmOptions = CrosvmOptions()
     qemu: QemuOptions = QemuOptions()
+    usb: bool = False
+    usb_devices: UsbDevices = ()
     auto_start: bool = False
     depends_on: VmNames = ()
     restart: RestartPolicy = RestartPolicy()
@@ -70,9 +73,14 @@ class VmConfig(Table):
         """The root disk of its own, None for the image's."""
         return self.root_disk.path if self.root_disk else None
 
+    @property
+    def wants_usb(self) -> bool:
+        """Whether it gets a controller, which it can get only at its start."""
+        return self.usb or bool(self.usb_devices)
+
     def digest(self) -> str:
         """SHA-256 (hex) over the canonical JSON of what makes up a running VM."""
-        content = self.model_dump(mode="json", exclude=_OUTSIDE_DIGEST)
+        content = self.model_dump(mode="json", exclude=_OUTSIDE_DIGEST) | {"usb": self.wants_usb}
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
@@ -86,7 +94,7 @@ class VmConfig(Table):
 
 
 def resolve_vm(settings: GlobalConfig, vm: VmFile, sources: Sequence[str]) -> VmConfig:
-    own = vm.model_dump(exclude={"crosvm", "qemu", "root_disk"}, exclude_none=True)
+    own = vm.model_dump(exclude={"crosvm", "qemu", "root_disk", "usb_devices"}, exclude_none=True)
     inherited = {
         key: getattr(settings, key)
         for key in ("user", "image", "vmm", "start_timeout", "stop_timeout")
@@ -103,5 +111,11 @@ def resolve_vm(settings: GlobalConfig, vm: VmFile, sources: Sequence[str]) -> Vm
         extra_args=settings.qemu.extra_args + vm.qemu.extra_args,
     )
     return VmConfig(
-        **own, **inherited, crosvm=crosvm, qemu=qemu, root_disk=vm.root_disk, sources=tuple(sources)
+        **own,
+        **inherited,
+        crosvm=crosvm,
+        qemu=qemu,
+        root_disk=vm.root_disk,
+        usb_devices=vm.usb_devices,
+        sources=tuple(sources),
     )

@@ -11,7 +11,13 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from vmsilod.units.hardening import HELPER, VMM_EVERY, VMM_SANDBOXED_BY_ITSELF, VMM_SANDBOXED_BY_SYSTEMD
+from vmsilod.units.hardening import (
+    HELPER,
+    VMM_EVERY,
+    VMM_LIBUSB,
+    VMM_SANDBOXED_BY_ITSELF,
+    VMM_SANDBOXED_BY_SYSTEMD,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -230,7 +236,9 @@ LimitNOFILE=65536
 LimitCORE=0
 {_render_pci(vm)}
 {VMM_EVERY}
-{VMM_SANDBOXED_BY_ITSELF if own_sandbox else VMM_SANDBOXED_BY_SYSTEMD}"""
+{VMM_SANDBOXED_BY_ITSELF if own_sandbox else VMM_SANDBOXED_BY_SYSTEMD}{
+        VMM_LIBUSB if vm.wants_usb and context.vmm == "qemu" else ""
+    }"""
 
 
 def _render_pci(vm: VmConfig) -> str:

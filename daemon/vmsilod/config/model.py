@@ -15,6 +15,7 @@ from pydantic import Field
 from vmsilod.config.schema import (
     AbsolutePath,
     AccountName,
+    CloudHypervisorOptions,
     Color,
     CrosvmOptions,
     GlobalConfig,
@@ -24,6 +25,7 @@ from vmsilod.config.schema import (
     RootDisk,
     Seconds,
     Table,
+    VhostUserDevices,
     VmFile,
     VmmChoice,
     VmName,
@@ -43,6 +45,7 @@ class VmConfig(Table):
     name: VmName
     user: AccountName
     memory: int
+    memory_max: int | None = None
     cpus: int
     color: Color
     image: ImageName
@@ -54,6 +57,8 @@ class VmConfig(Table):
     vmm: VmmChoice = "auto"
     crosvm: CrosvmOptions = CrosvmOptions()
     qemu: QemuOptions = QemuOptions()
+    cloud_hypervisor: CloudHypervisorOptions = CloudHypervisorOptions()
+    vhost_user: VhostUserDevices = ()
     auto_start: bool = False
     depends_on: VmNames = ()
     start_timeout: Seconds
@@ -81,7 +86,8 @@ class VmConfig(Table):
 
 
 def resolve_vm(settings: GlobalConfig, vm: VmFile, sources: Sequence[str]) -> VmConfig:
-    own = vm.model_dump(exclude={"crosvm", "qemu", "root_disk"}, exclude_none=True)
+    tables = {"crosvm", "qemu", "cloud_hypervisor", "root_disk", "vhost_user"}
+    own = vm.model_dump(exclude=tables, exclude_none=True)
     inherited = {
         key: getattr(settings, key)
         for key in ("user", "image", "vmm", "start_timeout", "stop_timeout")
@@ -97,6 +103,17 @@ def resolve_vm(settings: GlobalConfig, vm: VmFile, sources: Sequence[str]) -> Vm
         machine=vm.qemu.machine or settings.qemu.machine,
         extra_args=settings.qemu.extra_args + vm.qemu.extra_args,
     )
+    cloud_hypervisor = CloudHypervisorOptions(
+        log_level=vm.cloud_hypervisor.log_level or settings.cloud_hypervisor.log_level,
+        extra_args=settings.cloud_hypervisor.extra_args + vm.cloud_hypervisor.extra_args,
+    )
     return VmConfig(
-        **own, **inherited, crosvm=crosvm, qemu=qemu, root_disk=vm.root_disk, sources=tuple(sources)
+        **own,
+        **inherited,
+        crosvm=crosvm,
+        qemu=qemu,
+        cloud_hypervisor=cloud_hypervisor,
+        vhost_user=vm.vhost_user,
+        root_disk=vm.root_disk,
+        sources=tuple(sources),
     )

@@ -22,7 +22,7 @@ from vmsilod.vmm.errors import (
     MonitorTimeout,
     MonitorUnreachable,
 )
-from vmsilod.vmm.monitor import DEFAULT_TIMEOUT, BalloonState
+from vmsilod.vmm.monitor import DEFAULT_TIMEOUT, BalloonState, MemoryState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,6 +76,17 @@ class CrosvmMonitor:
             guest_total=_read_size(stats, "total_memory"),
             guest_free=_read_size(stats, "free_memory"),
             guest_available=_read_size(stats, "available_memory"),
+        )
+
+    def resize_memory(self, size: int) -> None:
+        raise MonitorRefused(
+            f"crosvm cannot plug memory in or out ({size} bytes asked for)",
+            'use vmm = "cloud-hypervisor" or "qemu" with memory_max',
+        )
+
+    def memory_state(self) -> MemoryState:
+        raise MonitorRefused(
+            "crosvm cannot plug memory in or out", 'use vmm = "cloud-hypervisor" or "qemu" with memory_max'
         )
 
     def request(self, request: str | dict[str, Any]) -> Any:

@@ -107,13 +107,14 @@ def check_name(name: str) -> str:
 
 
 def find_recipe(name: str, builtin: Path, search: tuple[Path, ...] = SEARCH) -> Path:
-    """The file for `name`; the built-in recipe serves the name "default" alone."""
+    """The file for `name`; the built-in recipes lie beside `builtin`, that of the image "default"."""
     for folder in search:
         path = folder / f"{name}.toml"
         if path.is_file():
             return path
-    if name == "default":
-        return builtin
+    beside = builtin.with_name(f"{name}.toml")
+    if beside.is_file():
+        return beside
     raise ImageError(f"there is no recipe {name}", f"Write {search[0]}/{name}.toml or give --recipe FILE.")
 
 

@@ -217,20 +217,22 @@ def fetch_wheels(wheels: Path, root: Path) -> None:
     )
 
 
-def make_installed(base: Path) -> Path:
-    """The difference that `make install` makes on the base: an overlay's upper folder."""
-    target = CACHE / "hosts" / f"installed-{digest(base.name, files=INSTALLED_FROM)}"
+def make_installed(base: Path, name: str = "installed", then: str = "true") -> Path:
+    """The difference that `make install`, and the shell command `then`, make on a root: an overlay's upper
+    folder.
+    """
+    target = CACHE / "hosts" / f"{name}-{digest(base.name, then, files=INSTALLED_FROM)}"
     with making(target) as partial:
         if partial is not None:
-            say("installing vmsilo in the test host: make install")
+            say(f"installing vmsilo in the {name.removesuffix('installed') or 'test '}host: make install")
             source = partial / "source"
             source.mkdir()
-            for name in INSTALLED_FROM:
-                path = REPO / name
+            for part in INSTALLED_FROM:
+                path = REPO / part
                 if path.is_dir():
-                    shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+                    shutil.copytree(path, source / part, ignore=shutil.ignore_patterns("__pycache__"))
                 else:
-                    shutil.copy2(path, source / name)
+                    shutil.copy2(path, source / part)
             (partial / "upper").mkdir()
             with mounted([base / "root"], partial / "upper", partial / "work") as merged:
                 run_logged(
@@ -241,10 +243,9 @@ def make_installed(base: Path) -> Path:
                         "--setenv=PIP_NO_INDEX=1",
                         "--setenv=PIP_FIND_LINKS=/root/wheels",
                         "--chdir=/root/vmsilo",
-                        "make",
-                        "install",
+                        *("sh", "-c", f"make install && {then}"),
                     ),
-                    CACHE / "logs" / "install.log",
+                    CACHE / "logs" / f"{name}.log",
                 )
             shutil.rmtree(source)
             shutil.rmtree(partial / "work", ignore_errors=True)
@@ -252,13 +253,14 @@ def make_installed(base: Path) -> Path:
     return target
 
 
-def make_images(base: Path, installed: Path) -> Path:
-    """The images folder with the default image, built inside the host by `vmsilo image build`."""
-    target = CACHE / "hosts" / f"images-{digest(base.name, files=IMAGE_FROM)}"
+def make_images(base: Path, installed: Path, image: str = "default") -> Path:
+    """An images folder with that image, built inside the host by `vmsilo image build`."""
+    name = "images" if image == "default" else f"images_{image}"
+    target = CACHE / "hosts" / f"{name}-{digest(HOST_SUITE, image, files=IMAGE_FROM)}"
     with making(target) as partial:
         if partial is not None:
-            say("building the guest image in the test host: vmsilo image build default")
-            scratch = target.with_name(".images-scratch")
+            say(f"building the guest image in the test host: vmsilo image build {image}")
+            scratch = target.with_name(f".{name}-scratch")
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir()
             try:
@@ -266,7 +268,7 @@ def make_images(base: Path, installed: Path) -> Path:
                     [installed / "upper", base / "root"], scratch / "upper", scratch / "work"
                 ) as merged:
                     bind = f"--bind={partial}:/var/lib/vmsilo/images"
-                    run_shown(nspawn(merged, bind, "vmsilo", "image", "build", "default"))
+                    run_shown(nspawn(merged, bind, "vmsilo", "image", "build", image))
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     drop_older(target)

@@ -1,0 +1,107 @@
+"""`make lab-test`: boots the lab and runs the suite tests/lab inside it, brings journals, results and
+timings back, and fails on a journal line that nobody expected.
+
+The suite has two parts with a reboot between them: `first` leaves three VMs running and devices isolated,
+the host is shut down, `second` looks at what the shutdown did and at what the next boot found. What comes
+back is in .cache/lab.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from hosts import layers
+from hosts.lab_layers import make_lab
+from hosts.lab_machine import Lab
+
+RESULTS = layers.CACHE / "lab"
+VMMS = ("crosvm", "cloud-hypervisor")
+"""VMMs without a Debian package: taken along where this machine has them in PATH."""
+# Lines of warning or above that belong to a clean run, and why.
+EXPECTED = (
+    "Main process exited",  # tests end VMMs and guests in every way
+    "Failed with result",
+    "Killing process",
+)
+JOURNAL = "journalctl -b {boot} -q --no-pager -o short-precise"
+WARNINGS = "journalctl -q --no-pager -o cat -p warning -u 'vmsilo*'"
+PYTEST = (
+    "cd /root/tests && python3 -m pytest -q -p no:cacheprovider --import-mode=importlib --durations=15"
+    " --junitxml=/root/results/{name}.xml {what}"
+)
+
+
+def take_vmms(lab: Lab) -> None:
+    for name in VMMS:
+        path = shutil.which(name)
+        if path is None:
+            layers.say(f"{name} is not in PATH: its tests in the lab will be skipped")
+        else:
+            command = f"install -m 755 /dev/stdin /usr/local/bin/{name}"
+            subprocess.run(lab.ssh(command), input=Path(path).read_bytes(), check=True)
+
+
+def prepare(lab: Lab) -> None:
+    """Tests and foreign VMMs go in; vmsilo starts, as README says."""
+    take_vmms(lab)
+    lab.push(layers.REPO / "tests/lab", "/root/tests/lab")
+    lab.run("mkdir -p /root/results")
+    lab.run("""printf 'user = "user"\\n' > /etc/vmsilo/vmsilo.toml""")
+    lab.run("systemctl enable --now vmsilod.socket vmsilo-relayd.socket vmsilod.service")
+
+
+def run_part(lab: Lab, name: str, what: str) -> bool:
+    begin = time.monotonic()
+    layers.say(f"lab, part {name}")
+    command = PYTEST.format(name=name, what=what)
+    passed = subprocess.run(lab.ssh(command), stdin=subprocess.DEVNULL, check=False).returncode == 0
+    layers.say(f"lab, part {name}: {'passed' if passed else 'FAILED'} in {time.monotonic() - begin:.0f} s")
+    return passed
+
+
+def find_unexpected(lab: Lab) -> list[str]:
+    lines = lab.run(WARNINGS).stdout.splitlines()
+    return [line for line in lines if line and not any(known in line for known in EXPECTED)]
+
+
+def collect(lab: Lab) -> None:
+    for boot in (-1, 0) if lab.boots > 1 else (0,):
+        journal = lab.run(JOURNAL.format(boot=boot), check=False).stdout
+        (RESULTS / f"journal-{lab.boots + boot}.txt").write_text(journal)
+    lab.pull("/root/results", RESULTS)
+    shutil.copy2(lab.console_log, RESULTS / "console.txt")
+
+
+def main() -> int:
+    layers.enter_private_mounts()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    selected = sys.argv[1:]
+    begin = time.monotonic()
+    parts = make_lab()
+    shutil.rmtree(RESULTS, ignore_errors=True)
+    RESULTS.mkdir(parents=True)
+    with Lab(parts) as lab:
+        up = time.monotonic() - begin
+        layers.say(f"the lab is up after {up:.0f} s ({lab.accelerator}); results go to .cache/lab")
+        prepare(lab)
+        try:
+            passed = run_part(lab, "first", " ".join(selected) or "-m 'not second' lab")
+            if not selected:
+                lab.restart()
+                passed = run_part(lab, "second", "-m second lab") and passed
+            unexpected = find_unexpected(lab)
+        finally:
+            collect(lab)
+    for line in unexpected:
+        print(f"unexpected journal line: {line}", flush=True)
+    layers.say(f"lab: {time.monotonic() - begin:.0f} s in all")
+    return 0 if passed and not unexpected else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Fixtures of the lab tier. These tests run inside the lab host, as its root, by its own Python; elsewhere
+they are not collected.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CONFIG = Path("/etc/vmsilo/vms.d")
+IN_LAB = Path("/etc/hostname").read_text().strip() == "lab"
+Result = subprocess.CompletedProcess[str]
+
+if not IN_LAB:
+    collect_ignore_glob = ["test_*.py"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "second: after the reboot of the lab")
+
+
+class Host:
+    """The lab host, as its administrator and its user see it."""
+
+    def run(self, command: str, *, user: str = "root", check: bool = True, **options: Any) -> Result:
+        """A shell command of root or of the desktop user."""
+        argv = ["sh", "-c", command]
+        if user != "root":
+            argv = [
+                *("setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups"),
+                *("env", f"HOME=/home/{user}", f"USER={user}", *argv),
+            ]
+        options.setdefault("timeout", 600)
+        if "input" not in options:
+            options.setdefault("stdin", subprocess.DEVNULL)
+        done: Result = subprocess.run(argv, capture_output=True, text=True, check=False, **options)
+        if check and done.returncode:
+            raise AssertionError(
+                f"{command} exited with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+            )
+        return done
+
+    def read(self, command: str, **options: Any) -> str:
+        return self.run(command, **options).stdout.strip()
+
+    def define(self, name: str, text: str) -> None:
+        """Configure a VM and wait until vmsilo has taken it over."""
+        (CONFIG / f"{name}.toml").write_text(text)
+        self.run("vmsilo reload")
+
+    def remove(self, name: str) -> None:
+        self.run(f"vm-stop --force {name}", check=False)
+        (CONFIG / f"{name}.toml").unlink(missing_ok=True)
+        self.run("vmsilo reload")
+
+    def vm_run(self, name: str, *argv: str, **options: Any) -> Result:
+        options.setdefault("user", "user")
+        return self.run(f"vm-run {name} {shlex.join(argv)}", **options)
+
+    def main_pid(self, name: str) -> int:
+        return int(self.read(f"systemctl show -P MainPID vmsilo-{name}-vm.service"))
+
+    def vms(self) -> dict[str, dict[str, Any]]:
+        return {row["Name"]: row for row in json.loads(self.read("vmsilo list --json"))}
+
+    def journal(self, name: str) -> str:
+        return self.read(f"journalctl -b -q --no-pager -o cat -u vmsilo-{name}-vm.service")
+
+    def wait_until(self, condition: str, *, seconds: float = 60) -> None:
+        """Wait for a shell condition."""
+        deadline = time.monotonic() + seconds
+        while self.run(condition, check=False).returncode:
+            if time.monotonic() > deadline:
+                raise AssertionError(f"still not true after {seconds:g} s: {condition}")
+            time.sleep(0.2)
+
+    @contextlib.contextmanager
+    def vm(self, name: str, text: str) -> Iterator[str]:
+        """A VM that is configured for the block."""
+        self.define(name, text)
+        try:
+            yield name
+        finally:
+            self.remove(name)
+
+
+def require_program(name: str) -> str:
+    """Skip, naming what is missing."""
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"{name} is not in PATH")
+    return path
+
+
+@pytest.fixture(scope="session")
+def host() -> Host:
+    return Host()

@@ -115,7 +115,7 @@ def _check_option(value: Any) -> Any:  # whatever TOML gave
     if isinstance(value, list | tuple) and value and all(type(item) is int for item in value):
         return tuple(value)
     if not isinstance(value, str):
-        raise ValueError(f"'{value}' is not a string, number, boolean or list of numbers")  # noqa: TRY004
+        raise ValueError(f"'{value}' is not a string, number, boolean or list of numbers")
     return _check_argument(value)
 
 

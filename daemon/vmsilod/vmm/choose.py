@@ -45,8 +45,8 @@ _NEED_KVM = frozenset({VmmKind.CROSVM, VmmKind.CLOUD_HYPERVISOR})
 _HINTS = {
     VmmKind.CROSVM: "crosvm has no Debian package: build it, put it into /usr/local/bin, or set vmm to qemu",
     VmmKind.QEMU: "install the package qemu-system-x86 (Debian) or your distribution's equal",
-    VmmKind.CLOUD_HYPERVISOR: "put cloud-hypervisor (its project releases static binaries) into /usr/local/bin,"
-    " or set vmm to qemu",
+    VmmKind.CLOUD_HYPERVISOR: "put cloud-hypervisor (its project releases static binaries) into"
+    " /usr/local/bin, or set vmm to qemu",
 }
 
 

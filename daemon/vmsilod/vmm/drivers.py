@@ -45,6 +45,8 @@ class Driver:
     """What the listening monitor descriptor must be."""
     builtin_vsock: bool = False
     """The VMM brings its own hybrid vsock, and takes no other."""
+    pmem_root: bool = False
+    """A read-only root may be persistent memory."""
     opens_by_path: bool = False
     """The VMM opens what it is passed once more, by /proc/self/fd and with its own rights: disks and the
     sockets of vhost-user devices too."""
@@ -59,6 +61,7 @@ DRIVERS = {
         CloudHypervisorMonitor,
         socket.SOCK_STREAM,
         builtin_vsock=True,
+        pmem_root=True,
         opens_by_path=True,
     ),
 }

@@ -137,8 +137,8 @@ class Leases:
     root: Disk | None
     """The first virtio disk: the read-only erofs image, or a writable raw one."""
     vhost_user_fds: tuple[int, ...] = ()
-    """One for each of VmShape.vhost_user: connected for crosvm and QEMU; for cloud-hypervisor, which connects
-    itself, O_PATH of the socket."""
+    """One for each of VmShape.vhost_user: connected for crosvm and QEMU; for cloud-hypervisor, which
+    connects itself, O_PATH of the socket."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """What every VMM's control client can do, whatever its protocol.
 
 Implemented by crosvm_control.CrosvmMonitor, qmp.QemuMonitor and
-cloud_hypervisor_api.CloudHypervisorMonitor, made by drivers.Driver.open_monitor. A client is a path and a timeout: it connects anew for each request and holds nothing between two, so it needs
-no close. It blocks: call it in the worker pool, never on a loop.
+cloud_hypervisor_api.CloudHypervisorMonitor, made by drivers.Driver.open_monitor. A client is a path and a
+timeout: it connects anew for each request and holds nothing between two, so it needs no close. It blocks:
+call it in the worker pool, never on a loop.
 """
 
 from __future__ import annotations

@@ -84,7 +84,9 @@ class QemuMonitor:
         with _Session(self._path, self._timeout) as session:
             base = _memory_size(session)
             hotplug = _find_hotplug(session.execute("query-memory-devices"))
-        requested, actual, maximum = (_read_size(hotplug, key) for key in ("requested-size", "size", "max-size"))
+        requested, actual, maximum = (
+            _read_size(hotplug, key) for key in ("requested-size", "size", "max-size")
+        )
         if requested is None or actual is None or maximum is None:
             raise MonitorGarbled("QEMU did not say how much memory is plugged in")
         return MemoryState(requested=base + requested, actual=base + actual, maximum=base + maximum)

@@ -33,7 +33,10 @@ _QEMU = {
     "net": "virtio-net-pci",
     "block": "vhost-user-blk-pci",
     "sound": "vhost-user-snd-pci",
-    **{name: f"vhost-user-{name}-pci" for name in ("fs", "gpio", "gpu", "i2c", "input", "rng", "scmi", "scsi")},
+    **{
+        name: f"vhost-user-{name}-pci"
+        for name in ("fs", "gpio", "gpu", "i2c", "input", "rng", "scmi", "scsi")
+    },
 }
 # Those with an option of their own, and names that --generic-vhost-user knows (vmm/src/config.rs).
 _CLOUD_HYPERVISOR = {
@@ -103,7 +106,10 @@ def plan_qemu(vm: VmShape, leases: Leases, fds: PassedFds) -> list[str]:
         if device.type == "net":
             of_netdev = [word for word in words if word.partition("=")[0] in _QEMU_NETDEV_KEYS]
             argv += ["-netdev", ",".join(["vhost-user", f"id=net-{name}", f"chardev={name}", *of_netdev])]
-            argv += ["-device", ",".join([f"{model},netdev=net-{name}", *(w for w in words if w not in of_netdev)])]
+            argv += [
+                "-device",
+                ",".join([f"{model},netdev=net-{name}", *(w for w in words if w not in of_netdev)]),
+            ]
         else:
             argv += ["-device", ",".join([f"{model},chardev={name}", *words])]
     return argv

@@ -18,6 +18,7 @@ Usage: vmsilo COMMAND [ARGUMENT]...
 
   list [--json]           the VMs: state, VMM, memory, CPUs, time since start
   status [--json] [NAME]  the same; everything about one VM
+  memory NAME [SIZE]      a VM's memory, and a change of it; see vmsilo memory --help
   check [--json]          check the configuration
   image ...               build and list images; see vmsilo image --help
   version                 print the version
@@ -40,6 +41,10 @@ def main(argv: list[str], place: Place) -> int:
         return 0
     if command in ("check", "image"):
         return _become(f"{place.libdir}/bin/vmsilo-{command}", arguments)
+    if command == "memory":
+        from vmsilo import memory
+
+        return memory.main(arguments, place)
     if command not in ("list", "status"):
         raise UsageError(f"unknown command '{printable(command, 60)}'", "vmsilo help")
     options, rest = parse_options(arguments, ("--json", "--help", "-h"), ())

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from vmsilod import loop
 from vmsilod.bus.views import Reloaded, VmRemoved, printable
 from vmsilod.errors import Busy, ConfigBroken, Failed, NotRunning, StartFailed, Timeout, VmsiloError
+from vmsilod.memory import read_memory, resize_memory
 from vmsilod.spawning import send_frame, spawn_frame
 from vmsilod.systemd import INACTIVE
 from vmsilod.vm_view import view_of
@@ -126,6 +127,12 @@ class Lifecycle:
             os.close(fd)
             raise
         return fd
+
+    async def read_memory(self, name: str) -> dict[str, int]:
+        return await read_memory(self._registry.require(name))
+
+    async def resize_memory(self, name: str, size: int) -> dict[str, int]:
+        return await resize_memory(self._registry.require(name), size)
 
     async def reload(self) -> list[str]:
         return [str(problem) for problem in await self._publication.reload()]

@@ -73,6 +73,13 @@ class VmsInMemory:
             ours.sendall(repr(request).encode())
         return theirs.detach()
 
+    async def read_memory(self, name: str) -> Mapping[str, int]:
+        view = self.find(name)
+        return {"configured": view.memory, "maximum": 2 * view.memory}
+
+    async def resize_memory(self, name: str, size: int) -> Mapping[str, int]:
+        return {**await self.read_memory(name), "requested": size, "actual": size}
+
     async def reload(self) -> Sequence[str]:
         """Forgets zz, and learns of as many VMs as make a hundred."""
         if self.views.pop("zz", None) is not None:

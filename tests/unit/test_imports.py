@@ -30,7 +30,7 @@ LAYERS = (
     {"vmsilod.config", "vmsilod.resources", "vmsilod.vmm", "vmsilod.systemd"},
     {"vmsilod.units", "vmsilod.bus", "vmsilod.host"},
     {"vmsilod.registry", "vmsilod.relay_client", "vmsilod.control", "vmsilod.preparation", "vmsilod.watch"},
-    {"vmsilod.shapes"},
+    {"vmsilod.shapes", "vmsilod.memory"},
     {"vmsilod.spawning", "vmsilod.vm_view", "vmsilod.publication"},
     {"vmsilod.runs"},
     {"vmsilod.lifecycle"},

@@ -86,6 +86,12 @@ class VmObject:
     async def Run(self, call: Call, argv: list[str], options: dict[str, Any]) -> int:
         return await self._domain.run(requests.parse_run(self._name, call.uid, argv, options))
 
+    async def GetMemory(self, _call: Call) -> dict[str, int]:
+        return dict(await self._domain.read_memory(self._name))
+
+    async def SetMemory(self, _call: Call, size: int) -> dict[str, int]:
+        return dict(await self._domain.resize_memory(self._name, size))
+
 
 class RootObject:
     """The object at /org/vmsilo1: org.vmsilo1.Manager and the ObjectManager."""
@@ -127,6 +133,12 @@ class RootObject:
 
     async def Run(self, call: Call, name: str, argv: list[str], options: dict[str, Any]) -> int:
         return await self._domain.run(requests.parse_run(name, call.uid, argv, options))
+
+    async def GetMemory(self, _call: Call, name: str) -> dict[str, int]:
+        return dict(await self._domain.read_memory(name))
+
+    async def SetMemory(self, _call: Call, name: str, size: int) -> dict[str, int]:
+        return dict(await self._domain.resize_memory(name, size))
 
     async def Reload(self, _call: Call) -> list[str]:
         return [printable(text, 1024) for text in await self._domain.reload()]

@@ -149,7 +149,7 @@ class Runs:
                 await loop.in_worker(refuse_foreign_format, acquired.root_fd)
             planned = driver.plan_launch(
                 shape_of(config),
-                leases_of(config, peer, acquired, choice.kind, kvm=host.kvm.usable),
+                leases_of(config, peer, acquired, choice.kind, host),
                 console=launch.Console.STDIO if terminals else launch.Console.NONE,
                 binary=choice.binary,
             )

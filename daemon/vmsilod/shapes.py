@@ -15,6 +15,7 @@ from vmsilod.vmm.drivers import DRIVERS
 if TYPE_CHECKING:
     from vmsilod.config.model import VmConfig
     from vmsilod.control import Peer
+    from vmsilod.host import Host
     from vmsilod.preparation import Acquired
     from vmsilod.vmm.choose import VmmKind
 
@@ -44,9 +45,7 @@ def shape_of(config: VmConfig) -> launch.VmShape:
     )
 
 
-def leases_of(
-    config: VmConfig, peer: Peer, acquired: Acquired, kind: VmmKind, *, kvm: bool
-) -> launch.Leases:
+def leases_of(config: VmConfig, peer: Peer, acquired: Acquired, kind: VmmKind, host: Host) -> launch.Leases:
     return launch.Leases(
         name=config.name,
         uid=peer.uid,
@@ -56,7 +55,8 @@ def leases_of(
         monitor_fd=acquired.monitor_fd,
         kernel_fd=acquired.kernel_fd,
         initrd_fd=acquired.initrd_fd,
-        kvm=kvm,
+        kvm=host.kvm.usable,
+        landlock=host.landlock,
         empty_dir=str(EMPTY_DIR),
         root=launch.Disk(
             acquired.root_fd, config.root_disk_readonly, pmem=acquired.root_pmem and DRIVERS[kind].pmem_root

@@ -40,6 +40,10 @@ def settings_of(text: str) -> list[str]:
 
 CASES = {
     "crosvm": (make_vm(auto_start=True, depends_on=["sys-net", "vault"]), CROSVM),
+    "cloud-hypervisor": (
+        make_vm(name="builder", memory_max=4096),
+        UnitContext(owner="david", vmm="cloud-hypervisor", groups=frozenset({"kvm"})),
+    ),
     "qemu-hybrid": (make_vm(name="untrusted", stop_timeout=5, sources=[]), QEMU_HYBRID),
 }
 

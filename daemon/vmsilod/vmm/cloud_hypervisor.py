@@ -1,7 +1,7 @@
 """The cloud-hypervisor driver: its argv, and what its exit codes mean.
 
 plan_launch and explain_exit are pure and called by the lifecycle; cloud_hypervisor_api.py talks to one that
-runs. Written for version 53. Never starts it without its seccomp filters and its Landlock rules.
+runs. Written for version 53. Never starts it without its seccomp filters.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def plan_launch(vm: VmShape, leases: Leases, *, console: Console, binary: str) -
     fds = PassedFds()
     argv = [binary, *_LOG_LEVELS[vm.cloud_hypervisor.log_level]]
     argv += ["--api-socket", f"fd={fds.number(leases.monitor_fd)}"]
-    argv += ["--seccomp", "true", "--landlock"]
+    argv += ["--seccomp", "true", *(("--landlock",) if leases.landlock else ())]
     argv += ["--cpus", f"boot={vm.cpus},nested=off"]
     argv += ["--memory", _plan_memory(vm)]
     argv += ["--balloon", "size=0,deflate_on_oom=on,free_page_reporting=on"]

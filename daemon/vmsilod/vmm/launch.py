@@ -136,6 +136,8 @@ class Leases:
     """An existing empty directory, the root of crosvm's device jails (Debian has no /var/empty)."""
     root: Disk | None
     """The first virtio disk: the read-only erofs image, or a writable raw one."""
+    landlock: bool = False
+    """The host's kernel can confine a process to the files that it names (cloud-hypervisor)."""
     vhost_user_fds: tuple[int, ...] = ()
     """One for each of VmShape.vhost_user: connected for crosvm and QEMU; for cloud-hypervisor, which
     connects itself, O_PATH of the socket."""

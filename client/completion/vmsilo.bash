@@ -48,7 +48,7 @@ _vmsilo_vm() {
 
 _vmsilo_vmsilo() {
     if ((COMP_CWORD == 1)); then
-        _vmsilo_words 'list status check image version help'
+        _vmsilo_words 'list status memory check image version help'
     elif [[ ${COMP_WORDS[COMP_CWORD]} == -* ]]; then
         _vmsilo_words '--json'
     elif [[ ${COMP_WORDS[1]} == status ]]; then

@@ -1,5 +1,5 @@
-"""VMs under the real cloud-hypervisor: its own vsock, a root that is persistent memory, memory that grows, ends
-of every kind. And vhost-user devices, under each VMM that is there.
+"""VMs under the real cloud-hypervisor: its own vsock, a root that is persistent memory, memory that grows,
+ends of every kind. And vhost-user devices, under each VMM that is there.
 """
 
 from __future__ import annotations

@@ -303,3 +303,42 @@ def test_debug_console_leaves_by_key(programs: Programs, daemon: FakeDaemon) -> 
         assert [method for method, _body in daemon.calls] == ["StartDebug", "Kill"]
         assert terminal.current_modes() == terminal.modes
     guest.end("stopped", "")
+
+
+# vmsilo memory
+
+SIZES = {"configured": 512, "maximum": 1024, "requested": 512, "actual": 512}
+
+
+def test_memory_is_shown(programs: Programs, daemon: FakeDaemon) -> None:
+    daemon.answers["GetMemory"] = lambda _body: ("a{su}", (SIZES,))
+    done = programs("vmsilo", "memory", "banking")
+    assert done.stdout.decode().splitlines()[0] == "memory      512 MiB"
+    assert json.loads(programs("vmsilo", "memory", "--json", "banking").stdout) == SIZES
+
+
+def test_memory_is_asked_for_until_the_guest_has_it(programs: Programs, daemon: FakeDaemon) -> None:
+    answers = iter([768, 1024])
+    asked = {**SIZES, "requested": 1024}
+    daemon.answers["SetMemory"] = lambda _body: ("a{su}", (asked,))
+    daemon.answers["GetMemory"] = lambda _body: ("a{su}", ({**asked, "actual": next(answers)},))
+    done = programs("vmsilo", "memory", "banking", "1G")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert ("SetMemory", ("banking", 1024)) in daemon.calls
+    assert "now         1024 MiB" in done.stdout.decode()
+
+
+def test_memory_that_the_guest_keeps_is_told(programs: Programs, daemon: FakeDaemon) -> None:
+    kept = {**SIZES, "actual": 640}
+    for method in ("SetMemory", "GetMemory"):
+        daemon.answers[method] = lambda _body: ("a{su}", (kept,))
+    done = programs("vmsilo", "memory", "banking", "512M")
+    assert done.returncode == 1
+    assert "gave back only a part" in done.stdout.decode()
+
+
+@pytest.mark.parametrize("size", ["", "0", "-1", "1.5G", "1T", "9" * 9, "\u0663", "x"])
+def test_memory_size_that_is_none(programs: Programs, daemon: FakeDaemon, size: str) -> None:
+    done = programs("vmsilo", "memory", "banking", size)
+    assert done.returncode == 2
+    assert daemon.calls == []

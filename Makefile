@@ -5,6 +5,8 @@ LIBDIR ?= $(PREFIX)/lib/vmsilo
 DOCDIR ?= $(PREFIX)/share/doc/vmsilo
 UNITDIR ?= /usr/lib/systemd/system
 PYTHON ?= /usr/bin/python3
+INITRAMFS_HOOK := /usr/share/initramfs-tools/hooks/vmsilo-pci
+DRACUT_MODULE := /usr/lib/dracut/modules.d/90vmsilo-pci
 
 CACHE := .cache
 VENV := $(CACHE)/venv
@@ -13,11 +15,12 @@ RUN := $(VENV)/bin
 # What the product needs from Debian (README names the same); then what its tests and the container host need.
 RUNTIME_PACKAGES := python3-venv python3-gi python3-pydbus python3-systemd python3-cairo gir1.2-glib-2.0 \
 	dbus polkitd mmdebstrap erofs-utils
-TEST_PACKAGES := systemd-container util-linux nftables iproute2 busybox-static cpio
+TEST_PACKAGES := systemd-container openssh-client e2fsprogs util-linux nftables iproute2 busybox-static cpio
 
 PYTHON_ROOTS := daemon client guest
 CLIENTS := vm-run vm-start vm-stop vm-start-debug vmsilo
-STDLIB_PROGRAMS := vmsilo-relayd:vmsilo_relay.__main__ vmsilo-launch:vmsilo_launch.launch
+STDLIB_PROGRAMS := vmsilo-relayd:vmsilo_relay.__main__ vmsilo-launch:vmsilo_launch.launch \
+	vmsilo-pci-claim:vmsilod.pci.early
 VENV_PROGRAMS := vmsilod:vmsilod.main vmsilo-check:vmsilod.config.check vmsilo-image:vmsilo_image.__main__
 
 help: ## list the targets
@@ -37,7 +40,7 @@ $(VENV)/.made: pyproject.toml
 
 venv: packages $(VENV)/.made
 
-test: venv ## lint, unit, bus, host and end-to-end tests: what CI runs
+test: venv ## lint, unit, bus, host, end-to-end and lab tests: what CI runs
 	$(RUN)/python -m hosts.suite
 
 fast: venv ## lint, unit and bus tests only (two minutes)
@@ -56,6 +59,15 @@ bench: venv ## measure, side by side in one run; see docs/performance.md
 
 shell: venv ## a root shell in the container host with vmsilo installed
 	$(RUN)/python -m hosts.shell
+
+lab-test: venv ## boot a whole virtual host (QEMU, nested KVM) and run the tests that need one; results in .cache/lab
+	$(RUN)/python -m hosts.lab
+
+lab-shell: venv ## a root shell in that host with vmsilo installed
+	$(RUN)/python -m hosts.lab_shell
+
+demo-lab: venv ## show VMs on KVM, a NIC passed through, a refused group, a serial login
+	$(RUN)/python -m hosts.demo_lab
 
 clean: ## remove everything that tests and demo cached
 	$(PYTHON) tests/hosts/clean.py $(CACHE)
@@ -78,12 +90,18 @@ install: ## install below PREFIX (root); README says what to do then
 	install -d $(DESTDIR)$(UNITDIR) $(DESTDIR)/usr/lib/sysusers.d $(DESTDIR)/usr/lib/tmpfiles.d \
 		$(DESTDIR)/usr/share/dbus-1/system.d $(DESTDIR)/usr/share/dbus-1/system-services \
 		$(DESTDIR)/usr/share/polkit-1/actions $(DESTDIR)/etc/vmsilo/vms.d
-	for unit in vmsilod.service vmsilo-relayd.service; do \
+	for unit in vmsilod.service vmsilo-relayd.service vmsilo-pci-claim.service; do \
 		sed -e 's|@libdir@|$(LIBDIR)|g' -e 's|@docdir@|$(DOCDIR)|g' systemd/$$unit.in > $(DESTDIR)$(UNITDIR)/$$unit; done
 	install -m 644 systemd/vmsilod.socket systemd/vmsilo-relayd.socket systemd/vmsilo.slice systemd/vmsilo-vms.target \
 		systemd/vmsilo-daemons.target $(DESTDIR)$(UNITDIR)/
 	if [ "$$(systemctl --version | sed -n '1s/^systemd \([0-9]*\).*/\1/p')" -ge 254 ]; then \
 		install -D -m 644 systemd/vmsilo-relayd-preserve.conf $(DESTDIR)$(UNITDIR)/vmsilo-relayd.service.d/preserve.conf; fi
+	install -d $(DESTDIR)$(UNITDIR)/sysinit.target.wants $(DESTDIR)/usr/share/initramfs-tools/hooks \
+		$(DESTDIR)$(DRACUT_MODULE)
+	ln -sf ../vmsilo-pci-claim.service $(DESTDIR)$(UNITDIR)/sysinit.target.wants/
+	sed -e 's|@libdir@|$(LIBDIR)|g' systemd/initramfs-tools/vmsilo-pci.in > $(DESTDIR)$(INITRAMFS_HOOK)
+	sed -e 's|@libdir@|$(LIBDIR)|g' systemd/dracut/module-setup.sh.in > $(DESTDIR)$(DRACUT_MODULE)/module-setup.sh
+	chmod 755 $(DESTDIR)$(INITRAMFS_HOOK) $(DESTDIR)$(DRACUT_MODULE)/module-setup.sh
 	install -m 644 systemd/vmsilo.sysusers.conf $(DESTDIR)/usr/lib/sysusers.d/vmsilo.conf
 	install -m 644 systemd/vmsilo.tmpfiles.conf $(DESTDIR)/usr/lib/tmpfiles.d/vmsilo.conf
 	install -m 644 systemd/org.vmsilo1.conf $(DESTDIR)/usr/share/dbus-1/system.d/
@@ -110,12 +128,14 @@ uninstall: ## remove what install put there; configuration and images stay
 	for unit in vmsilod.service vmsilo-relayd.service vmsilod.socket vmsilo-relayd.socket vmsilo.slice vmsilo-vms.target \
 		vmsilo-daemons.target; do \
 		rm -f $(DESTDIR)$(UNITDIR)/$$unit; done
-	rm -rf $(DESTDIR)$(UNITDIR)/vmsilo-relayd.service.d
+	rm -rf $(DESTDIR)$(UNITDIR)/vmsilo-relayd.service.d $(DESTDIR)$(DRACUT_MODULE)
+	rm -f $(DESTDIR)$(INITRAMFS_HOOK) $(DESTDIR)$(UNITDIR)/vmsilo-pci-claim.service \
+		$(DESTDIR)$(UNITDIR)/sysinit.target.wants/vmsilo-pci-claim.service
 	rm -f $(DESTDIR)/usr/lib/sysusers.d/vmsilo.conf $(DESTDIR)/usr/lib/tmpfiles.d/vmsilo.conf \
 		$(DESTDIR)/usr/share/dbus-1/system.d/org.vmsilo1.conf \
 		$(DESTDIR)/usr/share/dbus-1/system-services/org.vmsilo1.service \
 		$(DESTDIR)/usr/share/polkit-1/actions/org.vmsilo1.policy $(DESTDIR)/etc/polkit-1/rules.d/50-vmsilo.rules
 	[ ! -d /run/systemd/system ] || systemctl daemon-reload
 
-.PHONY: help packages venv test fast lint demo bench shell clean install uninstall
+.PHONY: help packages venv test fast lint demo demo-lab lab-test lab-shell bench shell clean install uninstall
 export PYTHONPATH := daemon:client:guest:tests

@@ -48,7 +48,9 @@ _vmsilo_vm() {
 
 _vmsilo_vmsilo() {
     if ((COMP_CWORD == 1)); then
-        _vmsilo_words 'list status memory check image version help'
+        _vmsilo_words 'list status memory check image pci version help'
+    elif [[ ${COMP_WORDS[1]} == pci && COMP_CWORD -eq 2 ]]; then
+        _vmsilo_words 'list claim release'
     elif [[ ${COMP_WORDS[COMP_CWORD]} == -* ]]; then
         _vmsilo_words '--json'
     elif [[ ${COMP_WORDS[1]} == status ]]; then

@@ -21,6 +21,7 @@ Usage: vmsilo COMMAND [ARGUMENT]...
   memory NAME [SIZE]      a VM's memory, and a change of it; see vmsilo memory --help
   check [--json]          check the configuration
   image ...               build and list images; see vmsilo image --help
+  pci ...                 the PCI devices of the host; see vmsilo pci --help
   version                 print the version
   help                    this text
 
@@ -45,6 +46,10 @@ def main(argv: list[str], place: Place) -> int:
         from vmsilo import memory
 
         return memory.main(arguments, place)
+    if command == "pci":
+        from vmsilo.pci import main as main_pci
+
+        return main_pci(arguments, place)
     if command not in ("list", "status"):
         raise UsageError(f"unknown command '{printable(command, 60)}'", "vmsilo help")
     options, rest = parse_options(arguments, ("--json", "--help", "-h"), ())
@@ -133,6 +138,8 @@ def _note(vm: "dict[str, Any]") -> str:
         )
     if vm.get("State") == "failed" and vm.get("LastResult"):
         notes.append(printable(vm["LastResult"], 100))
+        if vm.get("Status"):
+            notes.append(printable(vm["Status"], 100))
     elif vm.get("State") == "starting" and vm.get("Status"):
         notes.append(printable(vm["Status"], 100))
     return "; ".join(notes)

@@ -39,7 +39,7 @@ WANTED = (
 PMEM = ("virtio_pmem", "nd_pmem")
 WANTED_IF_THERE = ("pvpanic_mmio", "pvpanic_pci", *PMEM)
 APPLETS = (
-    *("cat", "cttyhack", "insmod", "mkdir", "mount", "poweroff", "rm"),
+    *("cat", "cp", "cttyhack", "insmod", "mkdir", "mount", "poweroff", "rm"),
     *("setsid", "sh", "switch_root", "usleep"),
 )
 DIRECTORIES = ("bin", "dev", "modules", "new", "proc", "root", "rw", "sys")

@@ -22,8 +22,11 @@ from vmsilod.bus import service
 from vmsilod.bus.polkit import Polkit
 from vmsilod.config.load import DEFAULT_ROOTS
 from vmsilod.control import ControlServer
+from vmsilod.endings import Endings
 from vmsilod.errors import VmsiloError
+from vmsilod.holders import Holders
 from vmsilod.lifecycle import Lifecycle
+from vmsilod.pci.claims import PciClaims
 from vmsilod.publication import Publication
 from vmsilod.registry import Registry
 from vmsilod.relay_client import RelayClient
@@ -49,15 +52,19 @@ class Daemon:
         self._con = service.connect()
         self._registry = Registry()
         self._systemd = Systemd(self._con, lambda unit: self._lifecycle.unit_changed(unit))
-        self._publication = Publication(self._registry, self._systemd)
-        self._runs = Runs(self._registry, self._systemd, lambda vm: self._lifecycle.changed(vm))
-        self._lifecycle = Lifecycle(self._registry, self._systemd, self._runs, self._publication)
+        self._endings = Endings(self._registry, self._systemd, lambda vm: self._lifecycle.changed(vm))
+        self._pci = PciClaims(self._systemd.start)
+        self._publication = Publication(self._registry, self._systemd, self._pci)
+        holders = Holders(self._endings, self._pci)
+        self._runs = Runs(self._registry, self._systemd, holders, lambda vm: self._lifecycle.changed(vm))
+        self._lifecycle = Lifecycle(self._registry, self._systemd, holders, self._runs, self._publication)
         self._publication.on_applied = self._lifecycle.configuration_applied
         self._control_socket = control
 
     async def start(self) -> None:
         """Repair first, then take over the configuration, then let others in."""
         await self._systemd.subscribe()
+        await self._endings.load()
         await self._runs.repair()
         await self._lifecycle.refresh_all()
         await self._publication.reload()
@@ -70,6 +77,7 @@ class Daemon:
             self._con, self._lifecycle, Polkit(self._con), version=VERSION, on_closed=self._lost_bus
         )
         self._watch = ConfigurationWatch(DEFAULT_ROOTS, lambda: _start(self._publication.reload()))
+        await self._endings.resume()
         notify("READY=1")
         await self._publication.start_autostart_vms()
 

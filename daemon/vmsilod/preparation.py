@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from inotify_simple import INotify, flags
 
 from vmsilod.errors import StartFailed
-from vmsilod.resources import image, record, rundir, vhost_user, vsock
+from vmsilod.resources import image, record, rundir, ssh_keys, vhost_user, vsock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,6 +48,7 @@ class Request:
     builtin_vsock: bool = False
     opens_as: Account | None = None
     vhost_user: tuple[str, ...] = ()
+    ssh: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ def acquire(request: Request) -> Acquired:
         root_fd = keep(image.open_file(files.root, writable=not request.root_readonly))
         plain_kernel = request.boot.kernel is not None and files.initrd is None
         shelf = directory if request.opens_as is not None else None
-        initrd_fd = None if plain_kernel else keep(image.make_initrd(files.initrd, secret, shelf))
+        ssh = ssh_keys.prepare_keys(request.name, files.login) if request.ssh else None
+        initrd_fd = None if plain_kernel else keep(image.make_initrd(files.initrd, secret, ssh, shelf))
         monitor_fd = keep(rundir.bind_listener(directory / "monitor.sock", request.monitor_kind, 0o600))
         vhost_user_fds = [keep(fd) for fd in _open_vhost_user(request)]
         if request.opens_as is not None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmsilod.config.model import VmConfig
+    from vmsilod.holders import Holders
     from vmsilod.registry import Registry, Vm
     from vmsilod.relay_client import RelayClient
     from vmsilod.systemd import Systemd
@@ -46,9 +47,13 @@ DISK_HEAD = 64  # bytes; the longest magic that crosvm knows is shorter
 class Runs:
     """Leases of all running VMs."""
 
-    def __init__(self, registry: Registry, systemd: Systemd, on_change: Callable[[Vm], None]) -> None:
+    def __init__(
+        self, registry: Registry, systemd: Systemd, holders: Holders, on_change: Callable[[Vm], None]
+    ) -> None:
         self._registry = registry
         self._systemd = systemd
+        self._endings = holders.endings
+        self._pci = holders.pci
         self._on_change = on_change
         self._relay: RelayClient | None = None
         self._vsock_listening = False
@@ -70,6 +75,7 @@ class Runs:
         same cgroup, under the same uid, but its unit has started, so it gets nothing.
         """
         vm = self._registry.require(peer.name)
+        await self._endings.admit(vm, peer.unit, peer.pid)
         async with vm.lock:
             state = await self._systemd.state(peer.unit)
             if state.active != "activating" or state.main_pid != peer.pid:
@@ -91,7 +97,7 @@ class Runs:
                 return await self._prepare(vm, vm.config, peer, state.invocation, fds)
             except VmsiloError as error:
                 await self._abandon(vm, state.invocation)
-                vm.last_result = error.message + (f" ({error.hint})" if error.hint else "")
+                await self._endings.start_failed(vm, state.invocation, error)
                 raise
             except BaseException:
                 await self._abandon(vm, state.invocation)
@@ -136,7 +142,9 @@ class Runs:
             builtin_vsock=driver.builtin_vsock,
             opens_as=Account(peer.uid, find_groups(peer.pid, peer.gid)) if driver.opens_by_path else None,
             vhost_user=tuple(device.socket for device in config.vhost_user),
+            ssh=config.ssh,
         )
+        await self._pci.start(vm.name, peer.uid, [device.path for device in config.pci_devices])
         acquired = await loop.in_worker(preparation.acquire, request)
         terminals = self.debug_terminals.pop(vm.name, []) if vm.debug else []
         try:
@@ -155,13 +163,15 @@ class Runs:
             )
             if choice.kind is VmmKind.QEMU and not host.kvm.usable:
                 log.warning("VM %s: %s (%s)", vm.name, TCG_WARNING, host.kvm.reason)
-            vm.record = dataclasses.replace(vm.record, cid=acquired.cid, launched=True)
+            vm.record = dataclasses.replace(
+                vm.record, cid=acquired.cid, launched=True, login=acquired.files.login
+            )
             await loop.in_worker(records.save_record, vm.record)
         except BaseException:
             for fd in [*acquired.fds(), *terminals]:
                 os.close(fd)
             raise
-        vm.last_result = ""
+        self._endings.watch(vm)
         self._on_change(vm)
         passed = (*planned.fds, *terminals)
         stdio = tuple(range(len(planned.fds), len(passed)))
@@ -213,6 +223,7 @@ class Runs:
             raise BadRequest(f"unit {peer.unit} is not stopping")
         if vm.record is None or vm.killing:
             return {"ok": True, "force": True}
+        await self._endings.mark_stopping(vm)
         asked = await self._ask_agent(vm) or await self._press_power_button(vm)
         started = vm.started
         assert started is not None
@@ -275,6 +286,7 @@ class Runs:
         if record is not None and record.hybrid:
             await self._stop_vsock(vm.name, record.unit)
         await self._remove_rundir(vm.name)
+        await self._pci.end(vm.name)
         await loop.in_worker(records.forget_record, vm.name)
         vm.forget_run()
         self._on_change(vm)
@@ -295,6 +307,7 @@ class Runs:
             except VmsiloError as error:
                 # One VM's leftovers must not keep the daemon of all others from starting.
                 log.error("VM %s: cannot be repaired: %s", name, error)
+        await self._pci.repair([vm.name for vm in self._registry if vm.record is not None])
         for path in rundir.VM_DIR.glob("*") if rundir.VM_DIR.is_dir() else ():
             vm = self._registry.find(path.name)
             if vm is None or vm.record is None:
@@ -310,6 +323,7 @@ class Runs:
         vm.debug = record.unit == vm.debug_service
         if not vm.unit.is_up or vm.unit.invocation != record.invocation:
             log.info("VM %s: giving back what an ended run left", vm.name)
+            await self._endings.tell(vm)
             async with vm.lock:
                 await self._release(vm)
 

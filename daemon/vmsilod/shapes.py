@@ -32,7 +32,8 @@ def shape_of(config: VmConfig) -> launch.VmShape:
         memory_mib=config.memory,
         cpus=config.cpus,
         kernel_params=tuple(config.kernel_params),
-        needs_pci=config.memory_max is not None or bool(vhost_user),
+        needs_pci=config.memory_max is not None or bool(vhost_user) or bool(config.pci_devices),
+        pci=tuple(launch.PciFunction(device.path, device.iommu) for device in config.pci_devices),
         memory_max_mib=config.memory_max,
         vhost_user=vhost_user,
         crosvm=launch.CrosvmShape(

@@ -20,11 +20,13 @@ from vmsilod.bus.polkit import Limits, Polkit
 from vmsilod.bus.service import connect, serve
 from vmsilod.bus.views import Change, Reloaded, VmRemoved, VmView
 from vmsilod.errors import Busy, ConfigBroken, NoSuchVm, NotRunning, StartFailed, Timeout
+from vmsilod.pci.address import parse_address
+from vmsilod.pci.ledger import PciView
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from vmsilod.bus.requests import RunRequest
+    from vmsilod.bus.requests import RunRequest, SshRequest
 
 FAILURES: dict[str, tuple[type[BaseException], *tuple[Any, ...]]] = {
     "busy": (Busy, "busy is being stopped", "try again"),
@@ -42,6 +44,7 @@ class VmsInMemory:
     def __init__(self) -> None:
         self.views = {name: VmView(name, "stopped", memory=512, color="red") for name in ORDINARY}
         self.views |= {name: VmView(name, "stopped", status="a\x1b[31m\udc80b") for name in FAILURES}
+        self.pci: dict[str, str] = {"0000:01:00.0": "banking"}
         self.callbacks: list[Callable[[Change], None]] = []
 
     def list_vms(self) -> Sequence[VmView]:
@@ -80,6 +83,16 @@ class VmsInMemory:
     async def resize_memory(self, name: str, size: int) -> Mapping[str, int]:
         return {**await self.read_memory(name), "requested": size, "actual": size}
 
+    async def open_ssh(self, request: SshRequest) -> tuple[int, int, str, str]:
+        """The stream tells what was asked for."""
+        self.find(request.name)
+        key = os.memfd_create("key")
+        os.write(key, b"private")
+        ours, theirs = socket.socketpair()
+        with ours:
+            ours.sendall(repr(request).encode())
+        return theirs.detach(), key, "root" if request.root else "user", "ssh-ed25519 AAAA"
+
     async def reload(self) -> Sequence[str]:
         """Forgets zz, and learns of as many VMs as make a hundred."""
         if self.views.pop("zz", None) is not None:
@@ -93,6 +106,30 @@ class VmsInMemory:
 
     async def check(self) -> Sequence[Mapping[str, str]]:
         return [{"file": "broken.toml", "key": "memory", "message": "not a number"}]
+
+    async def find_pci(self) -> Sequence[PciView]:
+        return [
+            PciView(
+                address=address,
+                class_code="0200",
+                name="A card",
+                driver="vfio-pci",
+                group=7,
+                state="used",
+                vm=vm,
+                isolated=True,
+                resets=("flr",),
+                note="",
+            )
+            for address, vm in self.pci.items()
+        ]
+
+    async def claim_pci(self, address: str) -> None:
+        self.pci[parse_address(address)] = ""
+
+    async def release_pci(self, address: str) -> str:
+        del self.pci[parse_address(address)]
+        return "e1000e"
 
     async def start_debug(self, name: str, fds: tuple[int, int, int]) -> str:
         try:

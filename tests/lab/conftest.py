@@ -27,6 +27,7 @@ if not IN_LAB:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "leaving: last before the shutdown; what it starts is left running")
     config.addinivalue_line("markers", "second: after the reboot of the lab")
 
 
@@ -57,12 +58,16 @@ class Host:
     def define(self, name: str, text: str) -> None:
         """Configure a VM and wait until vmsilo has taken it over."""
         (CONFIG / f"{name}.toml").write_text(text)
-        self.run("vmsilo reload")
+        self.reload()
+
+    def reload(self) -> None:
+        """Return when the configuration is taken over."""
+        self.run("busctl call org.vmsilo1 /org/vmsilo1 org.vmsilo1.Manager Reload")
 
     def remove(self, name: str) -> None:
         self.run(f"vm-stop --force {name}", check=False)
         (CONFIG / f"{name}.toml").unlink(missing_ok=True)
-        self.run("vmsilo reload")
+        self.reload()
 
     def vm_run(self, name: str, *argv: str, **options: Any) -> Result:
         options.setdefault("user", "user")

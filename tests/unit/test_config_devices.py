@@ -44,6 +44,11 @@ def test_other_keys_are_options_of_the_device_and_survive_the_record(tmp_path: P
         ("memory_max = 1024", "memory_max", "1024 is not above memory (1024)"),
         ("memory_max = 1100", "memory_max", "1100 is not memory plus a multiple of 128"),
         ('vmm = "crosvm"\nmemory_max = 2048', "memory_max", "crosvm cannot plug memory in"),
+        (
+            'vmm = "cloud-hypervisor"\npci_devices = ["01:00.0"]',
+            "pci_devices",
+            "vmsilo passes none to cloud-hypervisor",
+        ),
         ('vhost_user = [{ socket = "/s" }]', "vhost_user.0.type", "required, but not set"),
         ('vhost_user = [{ type = "fs" }]', "vhost_user.0.socket", "required, but not set"),
         (

@@ -84,8 +84,25 @@ def test_secret_follows_any_padded_archive() -> None:
     first = cpio.pad(cpio.newc_archive([cpio.regular("init", b"#!")]), 512)
     members = read_newc(first + cpio.secret_archive(secret))
     assert members["vmsilo/secret"] == (stat.S_IFREG | 0o400, secret.encode() + b"\n")
-    assert members["vmsilo"][0] == stat.S_IFDIR | 0o700
-    assert "init" in members
+    assert members["vmsilo"][0] == stat.S_IFDIR | 0o711
+    assert list(members) == ["init", "vmsilo", "vmsilo/secret"]
+
+
+def test_ssh_keys_travel_with_the_secret() -> None:
+    keys = cpio.SshKeys(
+        host=b"private\n", authorized={"anna": b"ssh-ed25519 A\n", "root": b"ssh-ed25519 B\n"}
+    )
+    members = read_newc(cpio.secret_archive("0f" * 32, keys))
+    assert members["vmsilo/ssh/host_key"] == (stat.S_IFREG | 0o400, b"private\n")
+    assert members["vmsilo/ssh/authorized/anna"] == (stat.S_IFREG | 0o444, b"ssh-ed25519 A\n")
+    assert members["vmsilo/ssh/authorized/root"][1] == b"ssh-ed25519 B\n"
+    assert members["vmsilo/ssh"][0] == members["vmsilo/ssh/authorized"][0] == stat.S_IFDIR | 0o711
+
+
+@pytest.mark.parametrize("login", ["", "../root", "a/b", "A", "-x"])
+def test_a_login_is_a_plain_name(login: str) -> None:
+    with pytest.raises(ValueError, match="login"):
+        cpio.secret_archive("0f" * 32, cpio.SshKeys(host=b"x", authorized={login: b"y"}))
 
 
 @pytest.mark.parametrize("secret", ["", "0" * 63, "0" * 65, "G" * 64, "0" * 63 + "\n"])

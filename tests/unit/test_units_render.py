@@ -16,6 +16,7 @@ from vmsilod.units.render import RenderedUnits, UnitContext, UnitPaths, render_u
 
 GOLDEN = Path(__file__).parent / "golden" / "units"
 CROSVM = UnitContext(owner="david", vmm="crosvm", groups=frozenset({"kvm", "video"}))
+QEMU_PCI = UnitContext(owner="david", vmm="qemu", groups=frozenset({"kvm"}))
 QEMU_HYBRID = UnitContext(owner="david", vmm="qemu", hybrid_cid=3)
 
 
@@ -44,6 +45,7 @@ CASES = {
         make_vm(name="builder", memory_max=4096),
         UnitContext(owner="david", vmm="cloud-hypervisor", groups=frozenset({"kvm"})),
     ),
+    "qemu-pci": (make_vm(name="sys-net", pci_devices=["02:00.0"], depends_on=["vault"]), QEMU_PCI),
     "qemu-hybrid": (make_vm(name="untrusted", stop_timeout=5, sources=[]), QEMU_HYBRID),
 }
 

@@ -24,6 +24,7 @@ from vmsilod.vmm.launch import (
     KernelVsock,
     Launch,
     Leases,
+    PciFunction,
     QemuShape,
     VhostUserDevice,
     VmShape,
@@ -55,6 +56,7 @@ WRITABLE = replace(LEASES, root=Disk(fd=24, readonly=False))
 ODD_NAMES = replace(LEASES, vsock=HybridVsock(cid=42, vhost_socket='/run/odd, "path"\\with [all]'))
 EXTRA_PARAMS = replace(VM, kernel_params=("mitigations=auto", 'foo="a b"'))
 MICROVM = replace(VM, qemu=QemuShape(machine="microvm"))
+PCI = replace(VM, needs_pci=True, pci=(PciFunction("0000:01:00.0"), PciFunction("0000:02:00.1", iommu="on")))
 Q35 = replace(VM, qemu=QemuShape(machine="q35"))
 
 GROWING = replace(VM, memory_max_mib=4096, needs_pci=True)
@@ -81,6 +83,7 @@ CROSVM_CASES = {
     "crosvm-hybrid-vsock": (VM, HYBRID, Console.NONE),
     "crosvm-writable-disk": (EXTRA_PARAMS, WRITABLE, Console.NONE),
     "crosvm-debug-console": (VM, LEASES, Console.STDIO),
+    "crosvm-pci": (PCI, LEASES, Console.NONE),
     "crosvm-no-disk": (VM, replace(LEASES, root=None, initrd_fd=None), Console.NONE),
     "crosvm-odd-names": (replace(VM, name="a-very-long-name-of-a-vm"), ODD_NAMES, Console.NONE),
     "crosvm-extra-args": (
@@ -119,6 +122,7 @@ QEMU_CASES = {
     "qemu-microvm-kvm-kernel-vsock": (VM, LEASES, Console.NONE),
     "qemu-q35-kvm-writable-disk": (Q35, WRITABLE, Console.NONE),
     "qemu-q35-tcg-hybrid": (VM, replace(HYBRID, kvm=False), Console.NONE),
+    "qemu-pci": (PCI, LEASES, Console.NONE),
     "qemu-debug-console": (EXTRA_PARAMS, LEASES, Console.STDIO),
     "qemu-odd-names": (replace(VM, name="a,b=c"), ODD_NAMES, Console.NONE),
     "qemu-extra-args": (
@@ -204,6 +208,7 @@ CROSVM_RUN = {
     "--vhost-user": True,  # 1.7
     "--vhost-user-connect-timeout-ms": True,  # 1.7
     "--serial": True,  # 1.11
+    "--vfio": True,  # 1.14
     "--socket": True,  # 1.15
     "--pivot-root": True,  # 1.16
 }
@@ -236,7 +241,8 @@ def read_options(argv: list[str], grammar: dict[str, bool]) -> list[str]:
     while rest and rest[0].startswith("-"):
         option = rest.pop(0)
         assert option in grammar
-        assert option == "--vhost-user" or option not in seen, "crosvm refuses a repeated single option"
+        repeatable = option in ("--vfio", "--vhost-user")
+        assert option not in seen or repeatable, "crosvm refuses a repeated single option"
         seen.add(option)
         if not grammar[option]:
             continue
@@ -320,6 +326,11 @@ def test_cloud_hypervisor_without_seccomp_is_refused(extra: str) -> None:
     vm = replace(VM, cloud_hypervisor=CloudHypervisorShape(extra_args=(extra, "false")))
     with pytest.raises(LaunchRefused):
         cloud_hypervisor.plan_launch(vm, BUILTIN, console=Console.NONE, binary="cloud-hypervisor")
+
+
+def test_cloud_hypervisor_with_pci_devices_is_refused() -> None:
+    with pytest.raises(LaunchRefused):
+        cloud_hypervisor.plan_launch(PCI, BUILTIN, console=Console.NONE, binary="cloud-hypervisor")
 
 
 @pytest.mark.parametrize("leases", [LEASES, HYBRID])

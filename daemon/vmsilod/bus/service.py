@@ -28,6 +28,7 @@ from vmsilod.bus.views import (
     VmRemoved,
     VmView,
     find_changes,
+    pack_pci,
     pack_properties,
     printable,
 )
@@ -92,6 +93,9 @@ class VmObject:
     async def SetMemory(self, _call: Call, size: int) -> dict[str, int]:
         return dict(await self._domain.resize_memory(self._name, size))
 
+    async def OpenSsh(self, call: Call, options: dict[str, Any]) -> tuple[int, int, str, str]:
+        return await self._domain.open_ssh(requests.parse_ssh(self._name, call.uid, options))
+
 
 class RootObject:
     """The object at /org/vmsilo1: org.vmsilo1.Manager and the ObjectManager."""
@@ -140,12 +144,24 @@ class RootObject:
     async def SetMemory(self, _call: Call, name: str, size: int) -> dict[str, int]:
         return dict(await self._domain.resize_memory(name, size))
 
+    async def OpenSsh(self, call: Call, name: str, options: dict[str, Any]) -> tuple[int, int, str, str]:
+        return await self._domain.open_ssh(requests.parse_ssh(name, call.uid, options))
+
     async def Reload(self, _call: Call) -> list[str]:
         return [printable(text, 1024) for text in await self._domain.reload()]
 
     async def Check(self, _call: Call) -> list[dict[str, str]]:
         problems = await self._domain.check()
         return [{key: printable(text, 1024) for key, text in problem.items()} for problem in problems]
+
+    async def ListPci(self, _call: Call) -> list[dict[str, GLib.Variant]]:
+        return [pack_pci(view) for view in await self._domain.find_pci()]
+
+    async def ClaimPci(self, _call: Call, address: str) -> None:
+        await self._domain.claim_pci(address)
+
+    async def ReleasePci(self, _call: Call, address: str) -> str:
+        return printable(await self._domain.release_pci(address))
 
     async def StartDebug(self, call: Call, name: str, *handles: int) -> str:
         fds: list[int] = []
@@ -210,7 +226,8 @@ class Service:
         old = vm.view
         vm.update(view)
         if old.state != view.state:
-            self._root.VmStateChanged(view.name, view.state, printable(view.last_result))
+            reason = view.last_result if view.state in ("stopped", "failed", "broken") else ""
+            self._root.VmStateChanged(view.name, view.state, printable(reason))
 
     def _apply_reload(self, change: Reloaded) -> None:
         self._root.ConfigurationReloaded(change.vms, change.problems)

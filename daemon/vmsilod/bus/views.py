@@ -13,7 +13,8 @@ from gi.repository import GLib
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from vmsilod.bus.requests import RunRequest
+    from vmsilod.bus.requests import RunRequest, SshRequest
+    from vmsilod.pci.ledger import PciView
 
 TEXT_MAX = 256
 
@@ -39,6 +40,7 @@ class VmView:
     cid: int = 0
     since: int = 0
     last_result: str = ""
+    last_outcome: str = ""
     auto_start: bool = False
     depends_on: tuple[str, ...] = ()
     unit: str = ""
@@ -83,9 +85,20 @@ class Domain(Protocol):
     async def resize_memory(self, name: str, size: int) -> Mapping[str, int]:
         """As read_memory; the guest has been asked to have `size` MiB."""
 
+    async def open_ssh(self, request: SshRequest) -> tuple[int, int, str, str]:
+        """A descriptor connected to the guest's sshd and one of the login's private key, both the caller's
+        to close; the login's name; the guest's public host key."""
+
     async def reload(self) -> Sequence[str]: ...
 
     async def check(self) -> Sequence[Mapping[str, str]]: ...
+
+    async def find_pci(self) -> Sequence[PciView]: ...
+
+    async def claim_pci(self, address: str) -> None: ...
+
+    async def release_pci(self, address: str) -> str:
+        """The host's driver that has the device now, "" for none."""
 
     async def start_debug(self, name: str, fds: tuple[int, int, int]) -> str:
         """The unit that runs the VM. From the call on the domain owns the descriptors, whatever happens."""
@@ -110,10 +123,29 @@ _PROPERTIES: dict[str, tuple[str, str]] = {
     "Cid": ("u", "cid"),
     "Since": ("t", "since"),
     "LastResult": ("s", "last_result"),
+    "LastOutcome": ("s", "last_outcome"),
     "AutoStart": ("b", "auto_start"),
     "DependsOn": ("as", "depends_on"),
     "Unit": ("s", "unit"),
 }
+
+
+_PCI_ENTRIES: dict[str, tuple[str, str]] = {
+    "Address": ("s", "address"),
+    "Class": ("s", "class_code"),
+    "Name": ("s", "name"),
+    "Driver": ("s", "driver"),
+    "Group": ("i", "group"),
+    "State": ("s", "state"),
+    "Vm": ("s", "vm"),
+    "Isolated": ("b", "isolated"),
+    "Resets": ("as", "resets"),
+    "Note": ("s", "note"),
+}
+
+
+def pack_pci(view: PciView) -> dict[str, GLib.Variant]:
+    return {name: _pack(kind, getattr(view, field)) for name, (kind, field) in _PCI_ENTRIES.items()}
 
 
 def pack_properties(view: VmView) -> dict[str, GLib.Variant]:

@@ -18,7 +18,7 @@ from vmsilod.vmm.launch import VhostUserDevice
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from vmsilod.config.schema import GlobalConfig, VmFile
+    from vmsilod.config.schema import GlobalConfig, PciDevice, VmFile
 
 
 def check_account(settings: GlobalConfig, file: str) -> list[Problem]:
@@ -69,6 +69,9 @@ def check_vmm(vm: VmFile, vmm: str, find_origin: Callable[[tuple[str, ...]], str
         fact, hint = _find_memory_fault(vm.memory, vm.memory_max, vmm)
         if fact:
             problems.append(Problem(find_origin(("memory_max",)), "memory_max", fact, hint, vm=vm.name))
+    if vm.pci_devices and vmm == "cloud-hypervisor":
+        fact, hint = "vmsilo passes none to cloud-hypervisor", 'set vmm to "crosvm" or "qemu"'
+        problems.append(Problem(find_origin(("pci_devices",)), "pci_devices", fact, hint, vm=vm.name))
     for device in vm.vhost_user if vmm != "auto" else ():
         shape = VhostUserDevice(device.type, device.socket, tuple(device.options.items()))
         if fault := vhost_user.find_fault(shape, vmm):
@@ -136,3 +139,23 @@ def find_dangling(
             return problems
         problems += found
         lost |= {problem.vm for problem in found if problem.vm}
+
+
+def find_shared_devices(
+    devices: Mapping[str, tuple[PciDevice, ...]], files: Mapping[str, str]
+) -> list[Problem]:
+    """A PCI device of two VMs is no mistake: they cannot run at the same time."""
+    owners: dict[str, list[str]] = {}
+    for name, listed in devices.items():
+        for device in listed:
+            owners.setdefault(device.path, []).append(name)
+    return [
+        Problem(
+            files[name],
+            "pci_devices",
+            f"{path} is also listed by {', '.join(other for other in names if other != name)}",
+            "only one of them can run at a time",
+        )
+        for path, names in owners.items()
+        for name in (names if len(names) > 1 else ())
+    ]

@@ -52,6 +52,8 @@ class Configuration:
     vms: Mapping[str, VmConfig]
     problems: tuple[Problem, ...]
     broken: Mapping[str, tuple[Problem, ...]]
+    warnings: tuple[Problem, ...] = ()
+    """What will work only in part; nothing is disabled for it."""
 
 
 @dataclass
@@ -207,4 +209,10 @@ def _conclude(settings: GlobalConfig | None, found: _Found) -> Configuration:
             )
             continue
         vms[name] = resolve_vm(settings, vm, document.sources)
-    return Configuration(settings, MappingProxyType(vms), tuple(found.problems), MappingProxyType(broken))
+    warnings = checking.find_shared_devices(
+        {name: vm.pci_devices for name, vm in vms.items()},
+        {name: found.vms[name][1].find_origin(("pci_devices",)) for name in vms},
+    )
+    return Configuration(
+        settings, MappingProxyType(vms), tuple(found.problems), MappingProxyType(broken), tuple(warnings)
+    )

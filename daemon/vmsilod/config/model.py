@@ -21,7 +21,9 @@ from vmsilod.config.schema import (
     GlobalConfig,
     ImageName,
     KernelParams,
+    PciDevices,
     QemuOptions,
+    RestartPolicy,
     RootDisk,
     Seconds,
     Table,
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # Not part of what a running VM is made of: a change of these never asks for its restart.
-_OUTSIDE_DIGEST = {"sources", "auto_start"}
+_OUTSIDE_DIGEST = {"sources", "auto_start", "restart"}
 
 
 class VmConfig(Table):
@@ -54,6 +56,7 @@ class VmConfig(Table):
     kernel_params: KernelParams = ()
     root_disk: RootDisk | None = None
     root_disk_readonly: bool = True
+    ssh: bool = True
     vmm: VmmChoice = "auto"
     crosvm: CrosvmOptions = CrosvmOptions()
     qemu: QemuOptions = QemuOptions()
@@ -61,6 +64,8 @@ class VmConfig(Table):
     vhost_user: VhostUserDevices = ()
     auto_start: bool = False
     depends_on: VmNames = ()
+    restart: RestartPolicy = RestartPolicy()
+    pci_devices: PciDevices = ()
     start_timeout: Seconds
     stop_timeout: Seconds
     sources: Annotated[tuple[str, ...], Field(strict=False)] = ()

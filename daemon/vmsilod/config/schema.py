@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from vmsilod.config.color import parse_color
+from vmsilod.pci.address import parse_address
 
 KERNEL_PARAMS_MAX = 1500  # bytes; x86 takes 2048 in all (COMMAND_LINE_SIZE), the rest is vmsilo's own
 MEMORY_MAX = 16 * 1024 * 1024  # MiB
@@ -33,6 +34,7 @@ Accel = Literal["auto", "kvm", "tcg"]
 Machine = Literal["auto", "microvm", "q35"]
 DiskFormat = Literal["raw"]
 CloudHypervisorLogLevel = Literal["warn", "info", "debug", "trace"]
+RestartWhen = Literal["no", "on-crash"]
 
 
 def check_vm_name(name: str) -> str:
@@ -134,8 +136,27 @@ def _check_option_keys(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
+def _expand_restart(value: Any) -> Any:  # as below
+    return {"policy": value} if isinstance(value, str) else value
+
+
 def _expand_disk(value: Any) -> Any:  # whatever TOML gave; pydantic checks the result
     return {"path": value} if isinstance(value, str) else value
+
+
+def _expand_pci(value: Any) -> Any:  # as of _expand_disk
+    return (
+        [{"path": item} if isinstance(item, str) else item for item in value] if _is_list(value) else value
+    )
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _check_pci_once(devices: tuple[PciDevice, ...]) -> tuple[PciDevice, ...]:
+    _check_no_duplicates(tuple(device.path for device in devices))
+    return devices
 
 
 AbsolutePath = Annotated[str, AfterValidator(_check_path)]
@@ -147,6 +168,8 @@ Seconds = Annotated[int, Field(ge=1, le=TIMEOUT_MAX)]
 # strict=False on the tuple alone: TOML has lists; what is in them stays strict.
 Arguments = Annotated[tuple[Annotated[str, AfterValidator(_check_argument)], ...], Field(strict=False)]
 KernelParams = Annotated[tuple[str, ...], Field(strict=False), AfterValidator(_check_kernel_params)]
+PciAddress = Annotated[str, AfterValidator(parse_address)]
+PciAddresses = Annotated[tuple[PciAddress, ...], Field(strict=False), AfterValidator(_check_no_duplicates)]
 VmNames = Annotated[tuple[VmName, ...], Field(strict=False), AfterValidator(_check_no_duplicates)]
 
 
@@ -173,6 +196,21 @@ class VhostUser(Table):
 
 VhostUserDevices = Annotated[
     tuple[Annotated[VhostUser, BeforeValidator(_split_options)], ...], Field(strict=False)
+]
+
+
+class PciDevice(Table):
+    """A function that the VM gets; iommu: whether the guest gets an IOMMU before it."""
+
+    path: PciAddress
+    iommu: Literal["on", "off"] = "off"
+
+
+PciDevices = Annotated[
+    tuple[PciDevice, ...],
+    Field(strict=False),
+    BeforeValidator(_expand_pci),
+    AfterValidator(_check_pci_once),
 ]
 
 
@@ -210,6 +248,14 @@ class VmCloudHypervisorOptions(Table):
     extra_args: Arguments = ()
 
 
+class RestartPolicy(Table):
+    """At most `limit` restarts within `within` seconds."""
+
+    policy: RestartWhen = "no"
+    limit: Annotated[int, Field(ge=1, le=100)] = 3
+    within: Annotated[int, Field(ge=1, le=86400)] = 600
+
+
 class GlobalConfig(Table):
     """vmsilo.toml."""
 
@@ -219,6 +265,7 @@ class GlobalConfig(Table):
     crosvm: CrosvmOptions = CrosvmOptions()
     qemu: QemuOptions = QemuOptions()
     cloud_hypervisor: CloudHypervisorOptions = CloudHypervisorOptions()
+    isolated_pci_devices: PciAddresses = ()
     start_timeout: Seconds = 180
     stop_timeout: Seconds = 30
 
@@ -237,6 +284,7 @@ class VmFile(Table):
     kernel_params: KernelParams = ()
     root_disk: Annotated[RootDisk | None, BeforeValidator(_expand_disk)] = None
     root_disk_readonly: bool = True
+    ssh: bool = True
     vmm: VmmChoice | None = None
     crosvm: VmCrosvmOptions = VmCrosvmOptions()
     qemu: VmQemuOptions = VmQemuOptions()
@@ -244,5 +292,7 @@ class VmFile(Table):
     vhost_user: VhostUserDevices = ()
     auto_start: bool = False
     depends_on: VmNames = ()
+    restart: Annotated[RestartPolicy | None, BeforeValidator(_expand_restart)] = None
+    pci_devices: PciDevices = ()
     start_timeout: Seconds | None = None
     stop_timeout: Seconds | None = None

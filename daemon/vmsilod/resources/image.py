@@ -14,8 +14,9 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from vmsilo_image.cpio import secret_archive
+from vmsilo_image.cpio import SshKeys, check_login, secret_archive
 
 from vmsilod.errors import StartFailed
 from vmsilod.resources.paths import open_safely
@@ -35,6 +36,7 @@ class BootFiles:
     version: str
     pmem: bool = False
     """The image says that its root may be persistent memory: its initrd has the driver for that."""
+    login: str = "user"  # the guest's user, as the image's manifest says
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,15 @@ def find_boot_files(choice: BootChoice, images: Path = IMAGES_DIR) -> BootFiles:
     """Resolve the image's current version once, so that a switch during a start cannot mix two versions."""
     needs_image = not (choice.kernel and choice.root_disk)
     base = Path()
-    manifest: object = {}
+    manifest: dict[str, Any] = {}
+    login = "user"
     if needs_image:
         link = images / choice.image / "current"
         try:
             base = link.resolve(strict=True)
             manifest = json.loads((base / "manifest.json").read_text())
-        except (OSError, ValueError) as error:
+            login = check_login(manifest.get("user", login))
+        except (OSError, ValueError, AttributeError, TypeError) as error:
             raise StartFailed(
                 f"image '{choice.image}' has no usable current version in {images}",
                 f"sudo vmsilo image build {choice.image}",
@@ -70,7 +74,8 @@ def find_boot_files(choice: BootChoice, images: Path = IMAGES_DIR) -> BootFiles:
         initrd=initrd,
         root=Path(choice.root_disk) if choice.root_disk else base / "root.erofs",
         version=base.name if needs_image else "custom",
-        pmem=all_of_image and isinstance(manifest, dict) and manifest.get("pmem") is True,
+        pmem=all_of_image and manifest.get("pmem") is True,
+        login=login,
     )
 
 
@@ -92,9 +97,11 @@ def open_file(path: Path, *, writable: bool = False) -> int:
     return fd
 
 
-def make_initrd(initrd: Path | None, secret: str, directory: Path | None = None) -> int:
+def make_initrd(
+    initrd: Path | None, secret: str, ssh: SshKeys | None = None, directory: Path | None = None
+) -> int:
     """A sealed memory file: the initrd, padded to 4 bytes, and behind it a cpio archive that holds only the
-    secret.
+    secret and the ssh keys.
 
     The kernel unpacks concatenated archives one after the other
     (Documentation/driver-api/early-userspace/buffer-format). A command line would show the secret: argv to
@@ -109,7 +116,7 @@ def make_initrd(initrd: Path | None, secret: str, directory: Path | None = None)
         target = _create_nameless(directory)
     try:
         size = _copy(initrd, target) if initrd is not None else 0
-        os.pwrite(target, b"\0" * (-size % 4) + secret_archive(secret), size)
+        os.pwrite(target, b"\0" * (-size % 4) + secret_archive(secret, ssh), size)
         if directory is None:
             seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
             fcntl.fcntl(target, fcntl.F_ADD_SEALS, seals)

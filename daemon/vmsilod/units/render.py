@@ -35,6 +35,7 @@ _STOP_MARGIN = 10
 _PREPARE_TIMEOUT = 90
 # Bytes: below the kernel's SKB_WITH_OVERHEAD(32 KiB), above which its vsock packets are not linear.
 _HYBRID_BUFFER = 28 * 1024
+PCI_MODULE = "modprobe@vfio_pci.service"
 _ACCOUNT = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _PATH = re.compile(r"/[A-Za-z0-9_./+-]*")
 
@@ -177,6 +178,7 @@ def _render_vm(vm: VmConfig, context: UnitContext) -> str:
     daemons = f"vmsilod.socket vmsilo-relayd.socket vmsilod.service vmsilo-relayd.service {DAEMONS_TARGET}"
     needed = " ".join(vm_unit(name) for name in vm.depends_on)
     wants = f"# depends_on\nWants={needed}\nAfter={needed}\n" if needed else ""
+    wants += _render_pci_order(vm)
     return f"""{_render_header(vm)}
 [Unit]
 Description=vmsilo VM {vm.name}
@@ -204,7 +206,7 @@ Description=vmsilo VM {vm.name} with its console on the terminal of vm-start-deb
 Conflicts={vm_unit(vm.name)} {socket_unit(vm.name)}
 Wants={DAEMONS_TARGET}
 After={vm_unit(vm.name)} {socket_unit(vm.name)} {DAEMONS_TARGET}
-StartLimitIntervalSec=0
+{_render_pci_order(vm)}StartLimitIntervalSec=0
 
 [Service]
 Restart=no
@@ -239,9 +241,31 @@ SyslogIdentifier=vmsilo-{vm.name}
 LimitNOFILE=65536
 # A core dump would hold the guest's memory.
 LimitCORE=0
-
+{_render_pci(vm)}
 {VMM_EVERY}
 {_SANDBOXES[context.vmm]}"""
+
+
+def _render_pci(vm: VmConfig) -> str:
+    if not vm.pci_devices:
+        return ""
+    return """\
+# pci_devices: a VFIO group's node belongs to this VM's uid while it runs, so the others stay closed to it.
+DeviceAllow=/dev/vfio/vfio rw
+DeviceAllow=char-vfio rw
+# The device reaches all of the guest's memory, which is therefore locked.
+LimitMEMLOCK=infinity
+"""
+
+
+def _render_pci_order(vm: VmConfig) -> str:
+    if not vm.pci_devices:
+        return ""
+    return f"""\
+# pci_devices: systemd needs the device numbers when it makes the device policy.
+Wants={PCI_MODULE}
+After={PCI_MODULE}
+"""
 
 
 def _render_restart(context: UnitContext) -> str:
@@ -250,6 +274,8 @@ def _render_restart(context: UnitContext) -> str:
     return """Restart=no
 # Guest reset: crosvm exits with 32 and never reboots the guest by itself.
 RestartForceExitStatus=32
+# One that meets a stop is no failure.
+SuccessExitStatus=32
 RestartSec=500ms
 """
 

@@ -42,6 +42,11 @@ _SIGNAL_CAUSES: dict[int, str] = {
 def plan_launch(vm: VmShape, leases: Leases, *, console: Console, binary: str) -> Launch:
     """argv of cloud-hypervisor; see docs/vmm.md for each option's reason."""
     _check_extra_args(vm)
+    if vm.pci:
+        raise LaunchRefused(
+            f"{vm.name} has pci_devices, which vmsilo does not pass to cloud-hypervisor",
+            'set vmm to "crosvm" or "qemu"',
+        )
     fds = PassedFds()
     argv = [binary, *_LOG_LEVELS[vm.cloud_hypervisor.log_level]]
     argv += ["--api-socket", f"fd={fds.number(leases.monitor_fd)}"]

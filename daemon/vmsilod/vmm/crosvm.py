@@ -65,6 +65,7 @@ def plan_launch(vm: VmShape, leases: Leases, *, console: Console, binary: str) -
     argv += _vsock_args(leases, fds)
     argv += _disk_args(leases.root, fds)
     argv += plan_vhost_user(vm, leases, fds)
+    argv += _pci_args(vm)
     argv += _console_args(console)
     if leases.initrd_fd is not None:
         argv += ["--initrd", fds.path(leases.initrd_fd)]
@@ -97,6 +98,14 @@ def _disk_args(root: Disk | None, fds: PassedFds) -> list[str]:
     # exclusive for a writable one.
     access = "true" if root.readonly else "false"
     return ["--block", f"path={fds.path(root.fd)},ro={access},lock=true"]
+
+
+def _pci_args(vm: VmShape) -> list[str]:
+    args = []
+    for function in vm.pci:
+        iommu = "viommu" if function.iommu == "on" else "off"
+        args += ["--vfio", f"{quote_crosvm(function.sysfs)},iommu={iommu}"]
+    return args
 
 
 def _console_args(console: Console) -> list[str]:

@@ -50,11 +50,19 @@ class Driver:
     opens_by_path: bool = False
     """The VMM opens what it is passed once more, by /proc/self/fd and with its own rights: disks and the
     sockets of vhost-user devices too."""
+    speaks_when_running: bool = False
+    """Whether explain_exit needs guest_ran, and first_sign.py can find it out."""
 
 
 DRIVERS = {
     VmmKind.CROSVM: Driver(crosvm.plan_launch, crosvm.explain_exit, CrosvmMonitor, socket.SOCK_SEQPACKET),
-    VmmKind.QEMU: Driver(qemu.plan_launch, qemu.explain_exit, QemuMonitor, socket.SOCK_STREAM),
+    VmmKind.QEMU: Driver(
+        qemu.plan_launch,
+        qemu.explain_exit,
+        QemuMonitor,
+        socket.SOCK_STREAM,
+        speaks_when_running=True,
+    ),
     VmmKind.CLOUD_HYPERVISOR: Driver(
         cloud_hypervisor.plan_launch,
         cloud_hypervisor.explain_exit,

@@ -65,6 +65,19 @@ class VhostUserDevice:
 
 
 @dataclass(frozen=True)
+class PciFunction:
+    """A PCI function of the host that the VM gets; `iommu`: the guest has an IOMMU before it."""
+
+    address: str
+    """As sysfs has it: 0000:01:00.0."""
+    iommu: Literal["on", "off"] | None = None
+
+    @property
+    def sysfs(self) -> str:
+        return f"/sys/bus/pci/devices/{self.address}"
+
+
+@dataclass(frozen=True)
 class VmShape:
     """The part of a VM's configuration that a driver reads."""
 
@@ -77,6 +90,8 @@ class VmShape:
     memory_max_mib: int | None = None
     """What the memory can grow to while the VM runs; None: not at all."""
     vhost_user: tuple[VhostUserDevice, ...] = ()
+    pci: tuple[PciFunction, ...] = ()
+    """Bound to vfio-pci, their groups' nodes in /dev/vfio open to the VM's uid."""
     crosvm: CrosvmShape = field(default_factory=CrosvmShape)
     qemu: QemuShape = field(default_factory=QemuShape)
     cloud_hypervisor: CloudHypervisorShape = field(default_factory=CloudHypervisorShape)

@@ -67,6 +67,7 @@ def plan_launch(vm: VmShape, leases: Leases, *, console: Console, binary: str) -
     argv += _vsock_args(leases, fds, bus)
     argv += _hotplug_args(vm)
     argv += plan_vhost_user(vm, leases, fds)
+    argv += _pci_args(vm)
     argv += ["-device", f"virtio-rng-{bus}"]
     argv += ["-device", f"virtio-balloon-{bus},id={BALLOON_ID},deflate-on-oom=on,free-page-reporting=on"]
     argv += ["-device", "pvpanic" if machine == "microvm" else "pvpanic-pci"]
@@ -167,6 +168,17 @@ def _vsock_args(leases: Leases, fds: PassedFds, bus: str) -> list[str]:
     ]
 
 
+def _pci_args(vm: VmShape) -> list[str]:
+    args = []
+    if any(function.iommu == "on" for function in vm.pci):
+        # caching-mode: QEMU must see each mapping that the guest makes, to make it in the host's IOMMU.
+        # Without interrupt remapping the interrupt controller can stay in KVM.
+        args += ["-device", "intel-iommu,caching-mode=on,intremap=off"]
+    for function in vm.pci:
+        args += ["-device", f"vfio-pci,host={quote_qemu(function.address)}"]
+    return args
+
+
 def _check_extra_args(vm: VmShape) -> None:
     for arg in vm.qemu.extra_args:
         if "\0" in arg:
@@ -181,15 +193,19 @@ def explain_exit(code: int | None, number: int | None, *, guest_ran: bool = Fals
     """Exactly one of exit code and signal number is not None.
 
     QEMU ends with 1 both for a VM that it could not start and for a panic of the guest (-action
-    panic=exit-failure), so `guest_ran` (the guest had announced itself) tells the two apart. A guest's
-    reboot never ends QEMU.
+    panic=exit-failure), so `guest_ran` (its main loop was seen to run, or the guest announced itself) tells
+    the two apart. A guest's reboot never ends QEMU.
     """
     if number is not None:
         return explain_signal("QEMU", number, _SIGNAL_CAUSES)
     if code == 0:
         return Outcome(OutcomeKind.STOPPED, "the guest powered off, or the VM was stopped")
     if code == 1 and guest_ran:
-        return Outcome(OutcomeKind.PANIC, "QEMU ended with 1 while the guest ran: its kernel panicked")
+        return Outcome(
+            OutcomeKind.PANIC,
+            "QEMU ended with 1 while the guest ran: its kernel panicked",
+            "the guest's console says more: vm-start-debug",
+        )
     if code == 1:
         return Outcome(
             OutcomeKind.FAILED,

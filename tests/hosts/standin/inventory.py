@@ -49,7 +49,8 @@ def find_files() -> list[str]:
     patterns = (
         "vmsilo/vm/*",
         "vmsilo/state/*.json",
-        "vmsilo/state/*.new",
+        "vmsilo/state/*.new*",
+        "vmsilo/state/*.history",
         "vmsilo-relay/*",
         "vmsilo/*-command.socket",
         "systemd/system/vmsilo-*",

@@ -1,0 +1,19 @@
+"""Who holds what a run has beside its own leases, or what outlives it: devices, the story of its ends.
+
+Built once by main, handed to runs.py and lifecycle.py. A list of parts; it does nothing itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vmsilod.endings import Endings
+    from vmsilod.pci.claims import PciClaims
+
+
+@dataclass(frozen=True)
+class Holders:
+    endings: Endings
+    pci: PciClaims

@@ -48,7 +48,7 @@ _vmsilo_vm() {
 
 _vmsilo_vmsilo() {
     if ((COMP_CWORD == 1)); then
-        _vmsilo_words 'list status check image pci usb version help'
+        _vmsilo_words 'list status memory check image pci usb version help'
     elif [[ ${COMP_WORDS[1]} == pci && COMP_CWORD -eq 2 ]]; then
         _vmsilo_words 'list claim release'
     elif [[ ${COMP_WORDS[COMP_CWORD]} == -* ]]; then

@@ -102,6 +102,13 @@ class VmsInMemory:
             ours.sendall(repr(request).encode())
         return theirs.detach()
 
+    async def read_memory(self, name: str) -> Mapping[str, int]:
+        view = self.find(name)
+        return {"configured": view.memory, "maximum": 2 * view.memory}
+
+    async def resize_memory(self, name: str, size: int) -> Mapping[str, int]:
+        return {**await self.read_memory(name), "requested": size, "actual": size}
+
     async def open_ssh(self, request: SshRequest) -> tuple[int, int, str, str]:
         """The stream tells what was asked for."""
         self.find(request.name)

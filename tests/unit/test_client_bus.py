@@ -3,7 +3,6 @@
 import json
 import os
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,30 +10,12 @@ from typing import Any
 
 import pytest
 import vmsilo_wire as wire
-from client_host import command_socket, run_commands, site_dirs, write_program
+from client_host import command_socket, run_commands
 from client_host_terminal import Terminal
 from vmsilo_wire import payload
 
 pytest.importorskip("jeepney")
-from client_host_bus import FakeDaemon, fake_daemon, message_bus, vm
-
-Completed = subprocess.CompletedProcess[bytes]
-
-
-class Programs:
-    """The installed programs, over a bus."""
-
-    def __init__(self, directory: Path, address: str) -> None:
-        self.directory = directory
-        self.env = {"DBUS_SYSTEM_BUS_ADDRESS": address}
-
-    def argv(self, program: str) -> list[str]:
-        return write_program(self.directory, program, interpreter_path=site_dirs())
-
-    def __call__(self, program: str, *args: str, stdin: bytes = b"") -> Completed:
-        env = {**os.environ, **self.env}
-        argv = [*self.argv(program), *args]
-        return subprocess.run(argv, input=stdin, capture_output=True, timeout=60, check=False, env=env)
+from client_host_bus import FakeDaemon, Programs, fake_daemon, message_bus, vm
 
 
 @pytest.fixture
@@ -303,79 +284,3 @@ def test_debug_console_leaves_by_key(programs: Programs, daemon: FakeDaemon) -> 
         assert [method for method, _body in daemon.calls] == ["StartDebug", "Kill"]
         assert terminal.current_modes() == terminal.modes
     guest.end("stopped", "")
-
-
-# vmsilo usb
-
-
-def usb_device(
-    port: str, ids: str = "0951:1666", **properties: tuple[str, Any]
-) -> dict[str, tuple[str, Any]]:
-    vendor, product = ids.split(":")
-    return {
-        "Port": ("s", port), "Vendor": ("s", vendor), "Product": ("s", product), "Serial": ("s", ""),
-        "Title": ("s", "Kingston DataTraveler"), "Kinds": ("as", ["storage"]), "Speed": ("s", "480"),
-        "Hub": ("b", False), "HostDrivers": ("as", ["usb-storage"]), "Vm": ("s", ""), "Rule": ("s", ""),
-        "Obstacle": ("s", ""), **properties,
-    }  # fmt: skip
-
-
-def test_usb_devices_are_listed_and_harmless(programs: Programs, daemon: FakeDaemon) -> None:
-    devices = [
-        usb_device(
-            "1-2", Serial=("s", "A1"), Obstacle=("s", "the host uses /dev/sda: it is mounted on /mnt")
-        ),
-        usb_device("1-3.1", Title=("s", "\x1b]0;owned\x07"), Vm=("s", "work"), HostDrivers=("as", [])),
-    ]
-    daemon.answers["ListUsb"] = lambda _body: ("aa{sv}", (devices,))
-    done = programs("vmsilo", "usb", "list")
-    assert done.returncode == 0
-    _, stick, other = done.stdout.decode().splitlines()
-    assert stick.split()[:3] == ["1-2", "0951:1666", "A1"]
-    assert "mounted on /mnt" in stick
-    assert "work" in other
-    assert b"\x1b" not in done.stdout
-    listed = json.loads(programs("vmsilo", "usb", "list", "--json").stdout)
-    assert [device["Vm"] for device in listed] == ["", "work"]
-
-
-def test_usb_orders_reach_the_daemon(programs: Programs, daemon: FakeDaemon) -> None:
-    devices = [usb_device("1-2", Vm=("s", "banking"), Serial=("s", "Ab:1")), usb_device("1-3")]
-    daemon.answers["ListUsb"] = lambda _body: ("aa{sv}", (devices,))
-    for argv in (
-        ("attach", "banking", "1-2"),
-        ("detach", "banking", "1-2"),
-        ("detach", "1-2"),
-        ("detach", "0951:1666:Ab:1"),
-        ("detach", "0951:1666"),
-        ("release", "1-3"),
-    ):
-        done = programs("vmsilo", "usb", *argv)
-        assert (done.returncode, done.stderr) == (0, b"")
-    assert [call for call in daemon.calls if call[0] != "ListUsb"] == [
-        ("AttachUsb", ("banking", "1-2")),
-        ("DetachUsb", ("banking", "1-2")),
-        ("DetachUsb", ("banking", "1-2")),
-        ("DetachUsb", ("banking", "0951:1666:Ab:1")),
-        ("DetachUsb", ("banking", "0951:1666")),
-        ("ReleaseUsb", ("1-3",)),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("argv", "status", "text"),
-    [
-        (("attach", "banking"), 2, b"wrong number"),
-        (("explode",), 2, b"unknown command"),
-        (("attach", "bankin", "1-2"), 1, b"did you mean 'banking'"),
-        (("detach", "1-3"), 1, b"no VM has"),
-        (("attach", "banking", "--json", "1-2"), 2, b"takes no --json"),
-    ],
-)
-def test_wrong_usb_orders_are_refused(
-    programs: Programs, daemon: FakeDaemon, argv: tuple[str, ...], status: int, text: bytes
-) -> None:
-    daemon.answers["ListUsb"] = lambda _body: ("aa{sv}", ([usb_device("1-3")],))
-    done = programs("vmsilo", "usb", *argv)
-    assert done.returncode == status
-    assert text in done.stderr

@@ -32,6 +32,7 @@ LAYERS = (
     {"vmsilod.restart", "vmsilod.first_sign"},
     {"vmsilod.units", "vmsilod.bus", "vmsilod.host"},
     {"vmsilod.registry", "vmsilod.relay_client", "vmsilod.control", "vmsilod.preparation", "vmsilod.watch"},
+    {"vmsilod.shapes", "vmsilod.memory"},
     {
         *("vmsilod.spawning", "vmsilod.ssh_login", "vmsilod.vm_view", "vmsilod.publication"),
         "vmsilod.endings",

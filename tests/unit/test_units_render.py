@@ -41,6 +41,10 @@ def settings_of(text: str) -> list[str]:
 
 CASES = {
     "crosvm": (make_vm(auto_start=True, depends_on=["sys-net", "vault"]), CROSVM),
+    "cloud-hypervisor": (
+        make_vm(name="builder", memory_max=4096),
+        UnitContext(owner="david", vmm="cloud-hypervisor", groups=frozenset({"kvm"})),
+    ),
     "qemu-pci": (make_vm(name="sys-net", pci_devices=["02:00.0"], depends_on=["vault"]), QEMU_PCI),
     "qemu-hybrid": (make_vm(name="untrusted", stop_timeout=5, sources=[]), QEMU_HYBRID),
 }

@@ -123,6 +123,8 @@ _TABLE: dict[tuple[str, str], Callable[[Message], Need]] = {
     (MANAGER_INTERFACE, "Kill"): _of_named(KILL),
     (MANAGER_INTERFACE, "Restart"): _of_named(STOP, START),
     (MANAGER_INTERFACE, "Run"): _of_run,
+    (MANAGER_INTERFACE, "GetMemory"): _of_named(VIEW),
+    (MANAGER_INTERFACE, "SetMemory"): _of_named(START),
     (MANAGER_INTERFACE, "OpenSsh"): _of_ssh,
     (MANAGER_INTERFACE, "StartDebug"): _of_named(DEBUG),
     (MANAGER_INTERFACE, "ListPci"): _of_all(VIEW),
@@ -137,5 +139,7 @@ _TABLE: dict[tuple[str, str], Callable[[Message], Need]] = {
     (VM_INTERFACE, "Kill"): _of_all(KILL),
     (VM_INTERFACE, "Restart"): _of_all(STOP, START),
     (VM_INTERFACE, "Run"): _of_run,
+    (VM_INTERFACE, "GetMemory"): _of_all(VIEW),
+    (VM_INTERFACE, "SetMemory"): _of_all(START),
     (VM_INTERFACE, "OpenSsh"): _of_ssh,
 }

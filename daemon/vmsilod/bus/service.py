@@ -88,6 +88,12 @@ class VmObject:
     async def Run(self, call: Call, argv: list[str], options: dict[str, Any]) -> int:
         return await self._domain.run(requests.parse_run(self._name, call.uid, argv, options))
 
+    async def GetMemory(self, _call: Call) -> dict[str, int]:
+        return dict(await self._domain.read_memory(self._name))
+
+    async def SetMemory(self, _call: Call, size: int) -> dict[str, int]:
+        return dict(await self._domain.resize_memory(self._name, size))
+
     async def OpenSsh(self, call: Call, options: dict[str, Any]) -> tuple[int, int, str, str]:
         return await self._domain.open_ssh(requests.parse_ssh(self._name, call.uid, options))
 
@@ -132,6 +138,12 @@ class RootObject:
 
     async def Run(self, call: Call, name: str, argv: list[str], options: dict[str, Any]) -> int:
         return await self._domain.run(requests.parse_run(name, call.uid, argv, options))
+
+    async def GetMemory(self, _call: Call, name: str) -> dict[str, int]:
+        return dict(await self._domain.read_memory(name))
+
+    async def SetMemory(self, _call: Call, name: str, size: int) -> dict[str, int]:
+        return dict(await self._domain.resize_memory(name, size))
 
     async def OpenSsh(self, call: Call, name: str, options: dict[str, Any]) -> tuple[int, int, str, str]:
         return await self._domain.open_ssh(requests.parse_ssh(name, call.uid, options))

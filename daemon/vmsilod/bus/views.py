@@ -110,6 +110,12 @@ class Domain(Protocol):
     async def run(self, request: RunRequest) -> int:
         """A descriptor connected to the guest agent, with SPAWN sent. The caller owns it."""
 
+    async def read_memory(self, name: str) -> Mapping[str, int]:
+        """MiB: configured, maximum, and of a running VM requested and actual."""
+
+    async def resize_memory(self, name: str, size: int) -> Mapping[str, int]:
+        """As read_memory; the guest has been asked to have `size` MiB."""
+
     async def open_ssh(self, request: SshRequest) -> tuple[int, int, str, str]:
         """A descriptor connected to the guest's sshd and one of the login's private key, both the caller's
         to close; the login's name; the guest's public host key."""

@@ -12,6 +12,8 @@ import stat
 from typing import TYPE_CHECKING
 
 from vmsilod.config.problems import Problem
+from vmsilod.vmm import vhost_user
+from vmsilod.vmm.launch import VhostUserDevice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -54,6 +56,39 @@ def _find_fault(path: str, *, block_device_allowed: bool) -> str | None:
     if not os.access(path, os.R_OK):
         return f"'{path}' cannot be read"
     return None
+
+
+MEMORY_STEP = 128
+"""MiB: what virtio-mem regions of cloud-hypervisor, and memory blocks of an x86 guest, come in."""
+
+
+def check_vmm(vm: VmFile, vmm: str, find_origin: Callable[[tuple[str, ...]], str]) -> list[Problem]:
+    """What the VMM of this VM cannot do; of "auto" it shows when the VM is started."""
+    problems = []
+    if vm.memory_max is not None:
+        fact, hint = _find_memory_fault(vm.memory, vm.memory_max, vmm)
+        if fact:
+            problems.append(Problem(find_origin(("memory_max",)), "memory_max", fact, hint, vm=vm.name))
+    if vm.pci_devices and vmm == "cloud-hypervisor":
+        fact, hint = "vmsilo passes none to cloud-hypervisor", 'set vmm to "crosvm" or "qemu"'
+        problems.append(Problem(find_origin(("pci_devices",)), "pci_devices", fact, hint, vm=vm.name))
+    for device in vm.vhost_user if vmm != "auto" else ():
+        shape = VhostUserDevice(device.type, device.socket, tuple(device.options.items()))
+        if fault := vhost_user.find_fault(shape, vmm):
+            fact, hint = fault
+            problems.append(Problem(find_origin(("vhost_user",)), "vhost_user", fact, hint, vm=vm.name))
+    return problems
+
+
+def _find_memory_fault(memory: int, maximum: int, vmm: str) -> tuple[str, str]:
+    if maximum <= memory:
+        return f"{maximum} is not above memory ({memory})", "leave it out to keep the memory as it is"
+    if (maximum - memory) % MEMORY_STEP:
+        nearest = memory + -(-(maximum - memory) // MEMORY_STEP) * MEMORY_STEP
+        return f"{maximum} is not memory plus a multiple of {MEMORY_STEP}", f"{nearest} is"
+    if vmm == "crosvm":
+        return "crosvm cannot plug memory in", 'set vmm to "cloud-hypervisor" or "qemu"'
+    return "", ""
 
 
 def find_cycles(depends_on: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:

@@ -78,6 +78,9 @@ def load_configuration(roots: Sequence[Path] = DEFAULT_ROOTS, checks: Checks | N
     sets, more = find_vms(roots)
     found.problems += more
     _load_vms(found, sets, checks, ownership=ownership)
+    for vm, document in found.vms.values():
+        vmm = vm.vmm or (settings.vmm if settings else "auto")
+        found.problems += checking.check_vmm(vm, vmm, document.find_origin)
     _check_dependencies(found)
     return _conclude(settings, found)
 

@@ -15,6 +15,7 @@ from pydantic import Field
 from vmsilod.config.schema import (
     AbsolutePath,
     AccountName,
+    CloudHypervisorOptions,
     Color,
     CrosvmOptions,
     GlobalConfig,
@@ -27,6 +28,7 @@ from vmsilod.config.schema import (
     Seconds,
     Table,
     UsbDevices,
+    VhostUserDevices,
     VmFile,
     VmmChoice,
     VmName,
@@ -46,6 +48,7 @@ class VmConfig(Table):
     name: VmName
     user: AccountName
     memory: int
+    memory_max: int | None = None
     cpus: int
     color: Color
     image: ImageName
@@ -60,6 +63,8 @@ class VmConfig(Table):
     qemu: QemuOptions = QemuOptions()
     usb: bool = False
     usb_devices: UsbDevices = ()
+    cloud_hypervisor: CloudHypervisorOptions = CloudHypervisorOptions()
+    vhost_user: VhostUserDevices = ()
     auto_start: bool = False
     depends_on: VmNames = ()
     restart: RestartPolicy = RestartPolicy()
@@ -94,7 +99,8 @@ class VmConfig(Table):
 
 
 def resolve_vm(settings: GlobalConfig, vm: VmFile, sources: Sequence[str]) -> VmConfig:
-    own = vm.model_dump(exclude={"crosvm", "qemu", "root_disk", "usb_devices"}, exclude_none=True)
+    tables = {"crosvm", "qemu", "cloud_hypervisor", "root_disk", "vhost_user", "usb_devices"}
+    own = vm.model_dump(exclude=tables, exclude_none=True)
     inherited = {
         key: getattr(settings, key)
         for key in ("user", "image", "vmm", "start_timeout", "stop_timeout")
@@ -110,11 +116,17 @@ def resolve_vm(settings: GlobalConfig, vm: VmFile, sources: Sequence[str]) -> Vm
         machine=vm.qemu.machine or settings.qemu.machine,
         extra_args=settings.qemu.extra_args + vm.qemu.extra_args,
     )
+    cloud_hypervisor = CloudHypervisorOptions(
+        log_level=vm.cloud_hypervisor.log_level or settings.cloud_hypervisor.log_level,
+        extra_args=settings.cloud_hypervisor.extra_args + vm.cloud_hypervisor.extra_args,
+    )
     return VmConfig(
         **own,
         **inherited,
         crosvm=crosvm,
         qemu=qemu,
+        cloud_hypervisor=cloud_hypervisor,
+        vhost_user=vm.vhost_user,
         root_disk=vm.root_disk,
         usb_devices=vm.usb_devices,
         sources=tuple(sources),

@@ -24,16 +24,19 @@ RESERVED_NAMES = frozenset({"relayd", "balloond"})
 _IMAGE_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")
 _ACCOUNT = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}")
 # A path is put into `key=value,key=value` options: crosvm ends a word at , " ' [ ] and QEMU at a comma.
+_DEVICE_TYPE = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
+_OPTION_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 _ENDS_A_VALUE = re.compile(r"""[,"'\[\](){}]""")
 
 _USB_ID = re.compile(r"[0-9a-fA-F]{4}")
 _USB_SERIAL = re.compile(r"[!-~](?:[ -~]{0,124}[!-~])?")
 
 LogLevel = Literal["error", "warn", "info", "debug", "trace"]
-VmmChoice = Literal["auto", "crosvm", "qemu"]
+VmmChoice = Literal["auto", "crosvm", "qemu", "cloud-hypervisor"]
 Accel = Literal["auto", "kvm", "tcg"]
 Machine = Literal["auto", "microvm", "q35"]
 DiskFormat = Literal["raw"]
+CloudHypervisorLogLevel = Literal["warn", "info", "debug", "trace"]
 RestartWhen = Literal["no", "on-crash"]
 
 
@@ -103,6 +106,37 @@ def _check_no_duplicates(names: tuple[str, ...]) -> tuple[str, ...]:
     if twice:
         raise ValueError(f"names {', '.join(twice)} more than once")
     return names
+
+
+def _check_device_type(name: str) -> str:
+    if not _DEVICE_TYPE.fullmatch(name):
+        raise ValueError(f"'{name}' is not a type of vhost-user device, such as fs or net")
+    return name
+
+
+def _check_option(value: Any) -> Any:  # whatever TOML gave
+    if isinstance(value, bool | int):
+        return value
+    if isinstance(value, list | tuple) and value and all(type(item) is int for item in value):
+        return tuple(value)
+    if not isinstance(value, str):
+        raise ValueError(f"'{value}' is not a string, number, boolean or list of numbers")
+    return _check_argument(value)
+
+
+def _split_options(value: Any) -> Any:  # whatever TOML gave; pydantic checks the result
+    """Keys that are not ours are options of the device."""
+    if not isinstance(value, dict) or "options" in value:
+        return value
+    own = {key: value[key] for key in ("type", "socket") if key in value}
+    return own | {"options": {key: value[key] for key in value if key not in own}}
+
+
+def _check_option_keys(options: dict[str, Any]) -> dict[str, Any]:
+    for key in options:
+        if not _OPTION_KEY.fullmatch(key):
+            raise ValueError(f"'{key}' is not the name of an option")
+    return options
 
 
 def _expand_restart(value: Any) -> Any:  # as below
@@ -178,6 +212,21 @@ class RootDisk(Table):
     format: DiskFormat = "raw"
 
 
+class VhostUser(Table):
+    """A vhost-user device; `options` are all the other keys of its table, for the VMM."""
+
+    type: Annotated[str, AfterValidator(_check_device_type)]
+    socket: AbsolutePath
+    options: Annotated[
+        dict[str, Annotated[Any, AfterValidator(_check_option)]], AfterValidator(_check_option_keys)
+    ] = {}
+
+
+VhostUserDevices = Annotated[
+    tuple[Annotated[VhostUser, BeforeValidator(_split_options)], ...], Field(strict=False)
+]
+
+
 class PciDevice(Table):
     """A function that the VM gets; iommu: whether the guest gets an IOMMU before it."""
 
@@ -213,6 +262,11 @@ class QemuOptions(Table):
     extra_args: Arguments = ()
 
 
+class CloudHypervisorOptions(Table):
+    log_level: CloudHypervisorLogLevel = "warn"
+    extra_args: Arguments = ()
+
+
 class VmCrosvmOptions(Table):
     log_level: LogLevel | None = None
     extra_args: Arguments = ()
@@ -222,6 +276,11 @@ class VmCrosvmOptions(Table):
 class VmQemuOptions(Table):
     accel: Accel | None = None
     machine: Machine | None = None
+    extra_args: Arguments = ()
+
+
+class VmCloudHypervisorOptions(Table):
+    log_level: CloudHypervisorLogLevel | None = None
     extra_args: Arguments = ()
 
 
@@ -244,6 +303,7 @@ class GlobalConfig(Table):
     image: ImageName = "default"
     crosvm: CrosvmOptions = CrosvmOptions()
     qemu: QemuOptions = QemuOptions()
+    cloud_hypervisor: CloudHypervisorOptions = CloudHypervisorOptions()
     isolated_pci_devices: PciAddresses = ()
     start_timeout: Seconds = 180
     stop_timeout: Seconds = 30
@@ -254,6 +314,7 @@ class VmFile(Table):
 
     name: VmName
     memory: Annotated[int, Field(ge=64, le=MEMORY_MAX)] = 1024
+    memory_max: Annotated[int | None, Field(ge=64, le=MEMORY_MAX)] = None
     cpus: Annotated[int, Field(ge=1, le=254)] = 2
     color: Color = "red"
     image: ImageName | None = None
@@ -268,6 +329,8 @@ class VmFile(Table):
     qemu: VmQemuOptions = VmQemuOptions()
     usb: bool = False
     usb_devices: UsbDevices = ()
+    cloud_hypervisor: VmCloudHypervisorOptions = VmCloudHypervisorOptions()
+    vhost_user: VhostUserDevices = ()
     auto_start: bool = False
     depends_on: VmNames = ()
     restart: Annotated[RestartPolicy | None, BeforeValidator(_expand_restart)] = None

@@ -22,7 +22,7 @@ from vmsilod.vmm.errors import (
     MonitorTimeout,
     MonitorUnreachable,
 )
-from vmsilod.vmm.monitor import DEFAULT_TIMEOUT, AttachedUsb, BalloonState
+from vmsilod.vmm.monitor import DEFAULT_TIMEOUT, AttachedUsb, BalloonState, MemoryState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -122,6 +122,17 @@ class CrosvmMonitor:
         if not isinstance(reply, dict) or "UsbResponse" not in reply:
             raise MonitorGarbled(f"crosvm answered a USB request with {_shorten(reply)}")
         return reply["UsbResponse"]
+
+    def resize_memory(self, size: int) -> None:
+        raise MonitorRefused(
+            f"crosvm cannot plug memory in or out ({size} bytes asked for)",
+            'use vmm = "cloud-hypervisor" or "qemu" with memory_max',
+        )
+
+    def memory_state(self) -> MemoryState:
+        raise MonitorRefused(
+            "crosvm cannot plug memory in or out", 'use vmm = "cloud-hypervisor" or "qemu" with memory_max'
+        )
 
     def request(self, request: str | dict[str, Any], fds: Sequence[int] = ()) -> Any:
         """Sends one VmRequest, with descriptors that stay the caller's, and returns the VmResponse; an Err

@@ -1,8 +1,9 @@
 """What every VMM's control client can do, whatever its protocol.
 
-Implemented by crosvm_control.CrosvmMonitor and qmp.QemuMonitor, made by drivers.Driver.open_monitor. A
-client is a path and a timeout: it connects anew for each request and holds nothing between two, so it needs
-no close. It blocks: call it in the worker pool, never on a loop.
+Implemented by crosvm_control.CrosvmMonitor, qmp.QemuMonitor and
+cloud_hypervisor_api.CloudHypervisorMonitor, made by drivers.Driver.open_monitor. A client is a path and a
+timeout: it connects anew for each request and holds nothing between two, so it needs no close. It blocks:
+call it in the worker pool, never on a loop.
 """
 
 from __future__ import annotations
@@ -26,6 +27,17 @@ class BalloonState:
     guest_available: int | None = None
 
 
+@dataclass(frozen=True)
+class MemoryState:
+    """Bytes. `requested` is what the guest is asked to use, `actual` what it has plugged in, `maximum` what
+    it could.
+    """
+
+    requested: int
+    actual: int
+    maximum: int
+
+
 class MonitorClient(Protocol):
     """Every method raises a MonitorError, and returns when the VMM has taken the request (not when it is
     carried out).
@@ -47,6 +59,11 @@ class MonitorClient(Protocol):
         """Asks the guest to give up `size` bytes."""
 
     def balloon_state(self) -> BalloonState: ...
+
+    def resize_memory(self, size: int) -> None:
+        """Asks the guest to plug memory in or out until it has `size` bytes in all."""
+
+    def memory_state(self) -> MemoryState: ...
 
 
 @dataclass(frozen=True)

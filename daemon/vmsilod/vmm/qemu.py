@@ -15,7 +15,9 @@ from vmsilod.vmm.escape import check_argument, quote_qemu
 from vmsilod.vmm.kernel_params import plan_kernel_params
 from vmsilod.vmm.launch import ENVIRONMENT, Console, HybridVsock, KernelVsock, Launch, PassedFds
 from vmsilod.vmm.outcome import Outcome, OutcomeKind, explain_signal
+from vmsilod.vmm.qmp import HOTPLUG_ID
 from vmsilod.vmm.qmp_usb import USB_ID
+from vmsilod.vmm.vhost_user import plan_qemu as plan_vhost_user
 
 if TYPE_CHECKING:
     from vmsilod.vmm.launch import Disk, Leases, VmShape
@@ -63,7 +65,9 @@ def plan_launch(vm: VmShape, leases: Leases, *, console: Console, binary: str) -
     bus = "device" if machine == "microvm" else "pci"
     # The first virtio-blk device is the guest's vda.
     argv += _disk_args(leases.root, fds, bus)
-    argv += _vsock_args(leases.vsock, fds, bus)
+    argv += _vsock_args(leases, fds, bus)
+    argv += _hotplug_args(vm)
+    argv += plan_vhost_user(vm, leases, fds)
     argv += _pci_args(vm)
     if vm.usb:
         # For devices of the host, by QMP; eight ports of either speed.
@@ -117,7 +121,7 @@ def _machine_args(vm: VmShape, machine: str, console: Console, *, kvm: bool) -> 
         *("-accel", "kvm" if kvm else "tcg,thread=multi"),
         *("-cpu", cpu),
         *("-smp", str(vm.cpus)),
-        *("-m", f"{vm.memory_mib}M"),
+        *("-m", f"{vm.memory_mib}M" + (f",maxmem={vm.memory_max_mib}M" if vm.memory_max_mib else "")),
         # Shared, so that vhost-user backends (vsock, virtiofsd) can map it.
         *("-object", f"memory-backend-memfd,id=mem0,size={vm.memory_mib}M,share=on"),
     ]
@@ -145,10 +149,24 @@ def _disk_args(root: Disk | None, fds: PassedFds, bus: str) -> list[str]:
     ]
 
 
-def _vsock_args(vsock: KernelVsock | HybridVsock, fds: PassedFds, bus: str) -> list[str]:
+def _hotplug_args(vm: VmShape) -> list[str]:
+    """The memory between memory and memory_max, none of it plugged in at first."""
+    if vm.memory_max_mib is None:
+        return []
+    size = vm.memory_max_mib - vm.memory_mib
+    return [
+        *("-object", f"memory-backend-memfd,id=mem-{HOTPLUG_ID},size={size}M,share=on,reserve=off"),
+        *("-device", f"virtio-mem-pci,id={HOTPLUG_ID},memdev=mem-{HOTPLUG_ID},requested-size=0"),
+    ]
+
+
+def _vsock_args(leases: Leases, fds: PassedFds, bus: str) -> list[str]:
+    vsock = leases.vsock
     if isinstance(vsock, KernelVsock):
         number = fds.number(vsock.device_fd)
         return ["-device", f"vhost-vsock-{bus},guest-cid={vsock.cid},vhostfd={number}"]
+    if not isinstance(vsock, HybridVsock):
+        raise LaunchRefused(f"{leases.name}: QEMU has no vsock of its own")
     return [
         *("-chardev", f"socket,id=vsock0,path={quote_qemu(vsock.vhost_socket)}"),
         *("-device", f"vhost-user-vsock-{bus},chardev=vsock0"),

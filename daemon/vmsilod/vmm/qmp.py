@@ -21,12 +21,14 @@ from vmsilod.vmm.errors import (
     MonitorTimeout,
     MonitorUnreachable,
 )
-from vmsilod.vmm.monitor import DEFAULT_TIMEOUT, AttachedUsb, BalloonState
+from vmsilod.vmm.monitor import DEFAULT_TIMEOUT, AttachedUsb, BalloonState, MemoryState
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+HOTPLUG_ID = "hotplug0"
+"""The virtio-mem device, named so by the driver."""
 MAX_LINE = 256 * 1024
 MAX_LINES = 1000
 """Events that may come before one answer."""
@@ -87,6 +89,23 @@ class QemuMonitor:
     def list_usb(self) -> list[AttachedUsb]:
         with _Session(self._path, self._timeout) as session:
             return qmp_usb.list_attached(session)
+
+    def resize_memory(self, size: int) -> None:
+        with _Session(self._path, self._timeout) as session:
+            wanted = max(size - _memory_size(session), 0)
+            path = f"/machine/peripheral/{HOTPLUG_ID}"
+            session.execute("qom-set", {"path": path, "property": "requested-size", "value": wanted})
+
+    def memory_state(self) -> MemoryState:
+        with _Session(self._path, self._timeout) as session:
+            base = _memory_size(session)
+            hotplug = _find_hotplug(session.execute("query-memory-devices"))
+        requested, actual, maximum = (
+            _read_size(hotplug, key) for key in ("requested-size", "size", "max-size")
+        )
+        if requested is None or actual is None or maximum is None:
+            raise MonitorGarbled("QEMU did not say how much memory is plugged in")
+        return MemoryState(requested=base + requested, actual=base + actual, maximum=base + maximum)
 
     def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
         """What the command returned; QEMU's error is raised as MonitorRefused."""
@@ -218,6 +237,14 @@ def _memory_size(session: _Session) -> int:
     if size is None:
         raise MonitorGarbled("QEMU did not say how much memory the VM has")
     return size
+
+
+def _find_hotplug(reply: object) -> object:
+    """The data of the one virtio-mem device, an empty table without it."""
+    for device in reply if isinstance(reply, list) else []:
+        if isinstance(device, dict) and device.get("type") == "virtio-mem":
+            return device.get("data")
+    return {}
 
 
 def _read_size(reply: object, key: str) -> int | None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmsilod import loop, preparation
 from vmsilod.bus.views import printable
+from vmsilod.consoles import console_of, split_passed
 from vmsilod.control import Peer, Prepared
 from vmsilod.errors import BadRequest, ConfigBroken, StartFailed, VmsiloError
 from vmsilod.host import LIBDIR, find_uid, probe_host
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmsilod.config.model import VmConfig
+    from vmsilod.consoles import Consoles
     from vmsilod.registry import Registry, Vm
     from vmsilod.relay_client import RelayClient
     from vmsilod.systemd import Systemd
@@ -45,9 +47,12 @@ EMPTY_DIR = LIBDIR / "empty"  # crosvm's pivot root: Debian has no /var/empty
 class Runs:
     """Leases of all running VMs."""
 
-    def __init__(self, registry: Registry, systemd: Systemd, on_change: Callable[[Vm], None]) -> None:
+    def __init__(
+        self, registry: Registry, systemd: Systemd, consoles: Consoles, on_change: Callable[[Vm], None]
+    ) -> None:
         self._registry = registry
         self._systemd = systemd
+        self._consoles = consoles
         self._on_change = on_change
         self._relay: RelayClient | None = None
         self._vsock_listening = False
@@ -132,18 +137,23 @@ class Runs:
             monitor_kind=driver.monitor_type,
         )
         acquired = await loop.in_worker(preparation.acquire, request)
-        terminals = self.debug_terminals.pop(vm.name, []) if vm.debug else []
+        terminals: list[int] = []
         try:
+            listeners, journal = split_passed(fds)
+            if vm.debug:
+                terminals = self.debug_terminals.pop(vm.name, [])
+            else:
+                terminals = await self._consoles.open(vm.name, invocation, journal)
             if acquired.device_fd is not None:
                 vm.cid_fd = os.dup(acquired.device_fd)
             await self._connect_channel(vm, acquired, peer.unit)
-            await self._register(vm, peer, acquired, fds)
+            await self._register(vm, peer, acquired, listeners)
             if choice.kind is VmmKind.CROSVM and not config.root_disk_readonly:
                 await loop.in_worker(refuse_foreign_format, acquired.root_fd)
             planned = driver.plan_launch(
                 shape_of(config),
                 leases_of(config, peer, acquired, kvm=host.kvm.usable),
-                console=launch.Console.STDIO if terminals else launch.Console.NONE,
+                console=console_of(vm, terminals),
                 binary=choice.binary,
             )
             if choice.kind is VmmKind.QEMU and not host.kvm.usable:
@@ -260,6 +270,7 @@ class Runs:
         record = vm.record
         if record is not None and not again:
             await self._forget_in_relay(vm.name, record.invocation)
+            await self._consoles.close(vm.name, record.invocation)
         # Only now may anybody take the CID: while the relay knew it, its new owner would have passed for the
         # VM.
         cid_fd, vm.cid_fd = vm.cid_fd, None

@@ -16,7 +16,7 @@ RUNTIME_PACKAGES := python3-venv python3-gi python3-pydbus python3-systemd pytho
 TEST_PACKAGES := systemd-container openssh-client e2fsprogs util-linux nftables iproute2 busybox-static cpio
 
 PYTHON_ROOTS := daemon client guest
-CLIENTS := vm-run vm-start vm-stop vm-start-debug vmsilo
+CLIENTS := vm-run vm-shell vm-start vm-stop vm-start-debug vmsilo
 STDLIB_PROGRAMS := vmsilo-relayd:vmsilo_relay.__main__ vmsilo-launch:vmsilo_launch.launch
 VENV_PROGRAMS := vmsilod:vmsilod.main vmsilo-check:vmsilod.config.check vmsilo-image:vmsilo_image.__main__
 
@@ -99,7 +99,7 @@ install: ## install below PREFIX (root); README says what to do then
 	sed -e 's|@libdir@|$(LIBDIR)|g' systemd/org.vmsilo1.service.in > $(DESTDIR)/usr/share/dbus-1/system-services/org.vmsilo1.service
 	install -m 644 polkit/org.vmsilo1.policy $(DESTDIR)/usr/share/polkit-1/actions/
 	install -D -m 644 client/completion/vmsilo.bash $(DESTDIR)/usr/share/bash-completion/completions/vm-run
-	for name in vm-start vm-stop vm-start-debug vmsilo; do \
+	for name in vm-shell vm-start vm-stop vm-start-debug vmsilo; do \
 		ln -sf vm-run $(DESTDIR)/usr/share/bash-completion/completions/$$name; done
 	cp -r --no-preserve=ownership README.md docs $(DESTDIR)$(DOCDIR)/
 	[ -n "$(DESTDIR)" ] || systemd-sysusers /usr/lib/sysusers.d/vmsilo.conf
@@ -114,7 +114,7 @@ uninstall: ## remove what install put there; configuration and images stay
 		systemctl stop 'vmsilo-*.socket' vmsilo-vms.target vmsilo-daemons.target; \
 		rm -rf /run/systemd/system/vmsilo-* /run/vmsilo /run/vmsilo-relay; } || true
 	rm -rf $(DESTDIR)$(LIBDIR) $(DESTDIR)$(DOCDIR)
-	for name in vm-run vm-start vm-stop vm-start-debug vmsilo; do rm -f $(DESTDIR)$(PREFIX)/bin/$$name \
+	for name in vm-run vm-shell vm-start vm-stop vm-start-debug vmsilo; do rm -f $(DESTDIR)$(PREFIX)/bin/$$name \
 		$(DESTDIR)/usr/share/bash-completion/completions/$$name; done
 	for unit in vmsilod.service vmsilo-relayd.service vmsilod.socket vmsilo-relayd.socket vmsilo.slice vmsilo-vms.target \
 		vmsilo-daemons.target; do \

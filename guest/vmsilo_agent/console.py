@@ -31,7 +31,7 @@ def answer_size(untrusted_payload: bytes, console: str) -> bytes:
 
 
 def find_console(cmdline: str, folder: str = "/dev") -> str:
-    """The last `console=` that is a terminal here, as the kernel chooses /dev/console; OSError if none is."""
+    """The last `console=` that is a terminal, as the kernel chooses /dev/console; OSError if none is."""
     words = (word.removeprefix("console=") for word in cmdline.split() if word.startswith("console="))
     for word in reversed([*words]):
         name = word.partition(",")[0]

@@ -125,7 +125,7 @@ class ConsoleSize:
         self._send(self._writer)
 
     def _send(self, writer: FrameWriter) -> None:
-        """A few bytes: what an agent that sleeps does not take goes out when it has answered the last ones."""
+        """A few bytes: what a sleeping agent does not take goes out when it has answered the last ones."""
         if self._size is not None:
             writer.send_encoded(encode_console_size(*self._size))
 

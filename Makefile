@@ -17,7 +17,8 @@ TEST_PACKAGES := systemd-container openssh-client e2fsprogs util-linux nftables 
 
 PYTHON_ROOTS := daemon client guest
 CLIENTS := vm-run vm-shell vm-start vm-stop vm-start-debug vmsilo
-STDLIB_PROGRAMS := vmsilo-relayd:vmsilo_relay.__main__ vmsilo-launch:vmsilo_launch.launch
+STDLIB_PROGRAMS := vmsilo-relayd:vmsilo_relay.__main__ vmsilo-consoled:vmsilo_console.__main__ \
+	vmsilo-launch:vmsilo_launch.launch
 VENV_PROGRAMS := vmsilod:vmsilod.main vmsilo-check:vmsilod.config.check vmsilo-image:vmsilo_image.__main__
 
 help: ## list the targets
@@ -87,12 +88,13 @@ install: ## install below PREFIX (root); README says what to do then
 	install -d $(DESTDIR)$(UNITDIR) $(DESTDIR)/usr/lib/sysusers.d $(DESTDIR)/usr/lib/tmpfiles.d \
 		$(DESTDIR)/usr/share/dbus-1/system.d $(DESTDIR)/usr/share/dbus-1/system-services \
 		$(DESTDIR)/usr/share/polkit-1/actions $(DESTDIR)/etc/vmsilo/vms.d
-	for unit in vmsilod.service vmsilo-relayd.service; do \
+	for unit in vmsilod.service vmsilo-relayd.service vmsilo-consoled.service; do \
 		sed -e 's|@libdir@|$(LIBDIR)|g' -e 's|@docdir@|$(DOCDIR)|g' systemd/$$unit.in > $(DESTDIR)$(UNITDIR)/$$unit; done
-	install -m 644 systemd/vmsilod.socket systemd/vmsilo-relayd.socket systemd/vmsilo.slice systemd/vmsilo-vms.target \
-		systemd/vmsilo-daemons.target $(DESTDIR)$(UNITDIR)/
+	install -m 644 systemd/vmsilod.socket systemd/vmsilo-relayd.socket systemd/vmsilo-consoled.socket \
+		systemd/vmsilo.slice systemd/vmsilo-vms.target systemd/vmsilo-daemons.target $(DESTDIR)$(UNITDIR)/
 	if [ "$$(systemctl --version | sed -n '1s/^systemd \([0-9]*\).*/\1/p')" -ge 254 ]; then \
-		install -D -m 644 systemd/vmsilo-relayd-preserve.conf $(DESTDIR)$(UNITDIR)/vmsilo-relayd.service.d/preserve.conf; fi
+		for daemon in relayd consoled; do install -D -m 644 systemd/vmsilo-$$daemon-preserve.conf \
+			$(DESTDIR)$(UNITDIR)/vmsilo-$$daemon.service.d/preserve.conf; done; fi
 	install -m 644 systemd/vmsilo.sysusers.conf $(DESTDIR)/usr/lib/sysusers.d/vmsilo.conf
 	install -m 644 systemd/vmsilo.tmpfiles.conf $(DESTDIR)/usr/lib/tmpfiles.d/vmsilo.conf
 	install -m 644 systemd/org.vmsilo1.conf $(DESTDIR)/usr/share/dbus-1/system.d/
@@ -110,16 +112,17 @@ install: ## install below PREFIX (root); README says what to do then
 
 uninstall: ## remove what install put there; configuration and images stay
 	[ ! -d /run/systemd/system ] || { systemctl stop 'vmsilo-*-vm.service' 'vmsilo-*-debug.service'; \
-		systemctl disable --now vmsilod.socket vmsilo-relayd.socket vmsilod.service vmsilo-relayd.service; \
+		systemctl disable --now vmsilod.socket vmsilo-relayd.socket vmsilo-consoled.socket vmsilod.service \
+			vmsilo-relayd.service vmsilo-consoled.service; \
 		systemctl stop 'vmsilo-*.socket' vmsilo-vms.target vmsilo-daemons.target; \
-		rm -rf /run/systemd/system/vmsilo-* /run/vmsilo /run/vmsilo-relay; } || true
+		rm -rf /run/systemd/system/vmsilo-* /run/vmsilo /run/vmsilo-relay /run/vmsilo-console; } || true
 	rm -rf $(DESTDIR)$(LIBDIR) $(DESTDIR)$(DOCDIR)
 	for name in vm-run vm-shell vm-start vm-stop vm-start-debug vmsilo; do rm -f $(DESTDIR)$(PREFIX)/bin/$$name \
 		$(DESTDIR)/usr/share/bash-completion/completions/$$name; done
-	for unit in vmsilod.service vmsilo-relayd.service vmsilod.socket vmsilo-relayd.socket vmsilo.slice vmsilo-vms.target \
-		vmsilo-daemons.target; do \
+	for unit in vmsilod.service vmsilo-relayd.service vmsilo-consoled.service vmsilod.socket vmsilo-relayd.socket \
+		vmsilo-consoled.socket vmsilo.slice vmsilo-vms.target vmsilo-daemons.target; do \
 		rm -f $(DESTDIR)$(UNITDIR)/$$unit; done
-	rm -rf $(DESTDIR)$(UNITDIR)/vmsilo-relayd.service.d
+	rm -rf $(DESTDIR)$(UNITDIR)/vmsilo-relayd.service.d $(DESTDIR)$(UNITDIR)/vmsilo-consoled.service.d
 	rm -f $(DESTDIR)/usr/lib/sysusers.d/vmsilo.conf $(DESTDIR)/usr/lib/tmpfiles.d/vmsilo.conf \
 		$(DESTDIR)/usr/share/dbus-1/system.d/org.vmsilo1.conf \
 		$(DESTDIR)/usr/share/dbus-1/system-services/org.vmsilo1.service \

@@ -1,4 +1,4 @@
-"""vmsilo-consoled: `main` builds every part in the order of dependence, restores the consoles, runs the loop.
+"""vmsilo-consoled: `main` builds every part in the order of dependence, restores the VMs, runs the loop.
 
 SIGTERM ends it at once, on purpose without cleaning up: listeners, terminals and scroll-backs stay in
 systemd's descriptor store and the rest in the state directory, and the next start goes on from there.

@@ -74,7 +74,7 @@ class Console:
     def attach(self, master: int, ring: Ring, log: UnitLog) -> None:
         """Take a run's terminal, in place of the one before."""
         self._let_go()
-        os.set_blocking(master, False)  # noqa: FBT003 positional-only
+        os.set_blocking(master, False)
         self._master, self._log = master, log
         self.ring = ring
         self._watch()

@@ -39,9 +39,9 @@ class Ring:
             raise ValueError("the scroll-back has another size")
         self._map = mmap.mmap(memory, HEADER_SIZE + SIZE)
         self._data = memoryview(self._map)[HEADER_SIZE:]
-        magic, self.total = HEADER.unpack_from(self._map)
+        magic, total = HEADER.unpack_from(self._map)
+        self.total: int = total if magic == MAGIC else 0
         if magic != MAGIC:
-            self.total = 0
             HEADER.pack_into(self._map, 0, MAGIC, 0)
 
     @property

@@ -1,5 +1,5 @@
-"""The table of consoles: what vmsilod orders, and what comes back after a restart. Keeps systemd's descriptor
-store and the state directory in step with it.
+"""The table of consoles: what vmsilod orders, and what comes back after a restart. Keeps systemd's
+descriptor store and the state directory in step with it.
 
 Built by `main`, called by the control side. A crash or restart at any point stops no VM and loses no
 scroll-back: descriptors are stored and the state is written before vmsilod gets its answer.

@@ -17,6 +17,7 @@ PACKAGES = {
     "vmsilo_agent": {"vmsilo_wire"},
     "vmsilo": {"vmsilo_wire"},
     "vmsilo_relay": {"vmsilo_wire"},
+    "vmsilo_console": {"vmsilo_wire", "vmsilo_relay"},
     "vmsilo_launch": set[str](),
     "vmsilo_image": set[str](),
     "vmsilod": {"vmsilo_wire", "vmsilo_image"},
@@ -37,7 +38,7 @@ LAYERS = (
     {"vmsilod.main"},
 )
 
-STDLIB_ONLY = ("vmsilo_wire", "vmsilo_agent", "vmsilo", "vmsilo_relay", "vmsilo_launch")
+STDLIB_ONLY = ("vmsilo_wire", "vmsilo_agent", "vmsilo", "vmsilo_relay", "vmsilo_console", "vmsilo_launch")
 LATE = {"vmsilo": {"jeepney"}}  # imported where D-Bus is needed, not at start
 
 

@@ -1,4 +1,4 @@
-# Bash completion of vm-run, vm-start, vm-stop, vm-start-debug and vmsilo. VM names are those with a command socket.
+# Bash completion of vm-run, vm-shell, vm-start, vm-stop, vm-start-debug and vmsilo. VM names are those with a command socket.
 
 _vmsilo_names() {
     local socket name
@@ -27,6 +27,26 @@ _vmsilo_vm_run() {
         _vmsilo_words 'colour all'
     elif [[ ${COMP_WORDS[COMP_CWORD]} == -* ]]; then
         _vmsilo_words '--root --detach --no-start --cwd --env --escapes --timeout --help'
+    else
+        _vmsilo_words "$(_vmsilo_names)"
+    fi
+}
+
+_vmsilo_vm_shell() {
+    local at word command=
+    for ((at = 1; at < COMP_CWORD; at++)); do
+        word=${COMP_WORDS[at]}
+        case $word in
+            --escapes) ((at++)) ;;
+            --exec | --ssh) command=yes ;;
+            -*) ;;
+            *) [[ $command ]] && return ;; # the command and its arguments are the guest's
+        esac
+    done
+    if [[ ${COMP_WORDS[COMP_CWORD - 1]} == --escapes ]]; then
+        _vmsilo_words 'colour all'
+    elif [[ ${COMP_WORDS[COMP_CWORD]} == -* ]]; then
+        _vmsilo_words '--read-only --take --no-history --start --log --exec --ssh --root --escapes --help'
     else
         _vmsilo_words "$(_vmsilo_names)"
     fi
@@ -73,5 +93,6 @@ _vmsilo_usb() {
 }
 
 complete -o default -F _vmsilo_vm_run vm-run
+complete -o default -F _vmsilo_vm_shell vm-shell
 complete -F _vmsilo_vm vm-start vm-stop vm-start-debug
 complete -F _vmsilo_vmsilo vmsilo

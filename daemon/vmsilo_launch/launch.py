@@ -50,7 +50,8 @@ def main(argv: list[str]) -> int:
 
 
 def start(name: str) -> None:
-    reply, fds = ask({"op": "prepare", "name": name}, find_command_socket())
+    # Standard error is the journal stream that systemd opened for this unit: the guest's lines go there.
+    reply, fds = ask({"op": "prepare", "name": name}, [*find_command_socket(), sys.stderr.fileno()])
     stdio = reply.get("stdio")
     place(fds, stdio)
     argv, env = reply["argv"], reply["env"]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmsilod import loop, preparation
 from vmsilod.bus.views import printable
+from vmsilod.consoles import console_of, split_passed
 from vmsilod.control import Peer, Prepared
 from vmsilod.errors import BadRequest, ConfigBroken, StartFailed, VmsiloError
 from vmsilod.host import find_uid, probe_host
@@ -25,7 +26,7 @@ from vmsilod.resources.record import Record
 from vmsilod.resources.vhost_user import Account, find_groups
 from vmsilod.shapes import leases_of, shape_of
 from vmsilod.units.render import vsock_unit
-from vmsilod.vmm import drivers, launch
+from vmsilod.vmm import drivers
 from vmsilod.vmm.choose import TCG_WARNING, VmmKind, choose_vmm
 from vmsilod.vmm.crosvm import find_disk_format
 from vmsilod.vmm.errors import MonitorError
@@ -52,6 +53,7 @@ class Runs:
     ) -> None:
         self._registry = registry
         self._systemd = systemd
+        self._consoles = holders.consoles
         self._endings = holders.endings
         self._pci = holders.pci
         self._on_change = on_change
@@ -146,19 +148,24 @@ class Runs:
         )
         await self._pci.start(vm.name, peer.uid, [device.path for device in config.pci_devices])
         acquired = await loop.in_worker(preparation.acquire, request)
-        terminals = self.debug_terminals.pop(vm.name, []) if vm.debug else []
+        terminals: list[int] = []
         try:
+            listeners, journal = split_passed(fds)
+            if vm.debug:
+                terminals = self.debug_terminals.pop(vm.name, [])
+            else:
+                terminals = await self._consoles.open(vm.name, invocation, journal)
             if acquired.device_fd is not None:
                 vm.cid_fd = os.dup(acquired.device_fd)
             if not driver.builtin_vsock:
                 await self._connect_channel(vm, acquired, peer.unit)
-            await self._register(vm, peer, acquired, fds)
+            await self._register(vm, peer, acquired, listeners)
             if choice.kind is VmmKind.CROSVM and not config.root_disk_readonly:
                 await loop.in_worker(refuse_foreign_format, acquired.root_fd)
             planned = driver.plan_launch(
                 shape_of(config),
                 leases_of(config, peer, acquired, choice.kind, host),
-                console=launch.Console.STDIO if terminals else launch.Console.NONE,
+                console=console_of(vm, terminals),
                 binary=choice.binary,
             )
             if choice.kind is VmmKind.QEMU and not host.kvm.usable:
@@ -278,6 +285,7 @@ class Runs:
         record = vm.record
         if record is not None and not again:
             await self._forget_in_relay(vm.name, record.invocation)
+            await self._consoles.close(vm.name, record.invocation)
         # Only now may anybody take the CID: while the relay knew it, its new owner would have passed for the
         # VM.
         cid_fd, vm.cid_fd = vm.cid_fd, None

@@ -19,8 +19,8 @@ KERNEL_PARAMS_MAX = 1500  # bytes; x86 takes 2048 in all (COMMAND_LINE_SIZE), th
 MEMORY_MAX = 16 * 1024 * 1024  # MiB
 TIMEOUT_MAX = 3600  # seconds
 VM_NAME = re.compile(r"[a-z][a-z0-9-]{0,30}")
-# vmsilo's own units are vmsilo-relayd.* and vmsilo-balloond.*; such a VM's vmsilo-NAME.socket replaces one.
-RESERVED_NAMES = frozenset({"relayd", "balloond"})
+# vmsilo's own units are vmsilo-relayd.* and so on; such a VM's vmsilo-NAME.socket would replace one.
+RESERVED_NAMES = frozenset({"relayd", "balloond", "consoled"})
 _IMAGE_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")
 _ACCOUNT = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}")
 # A path is put into `key=value,key=value` options: crosvm ends a word at , " ' [ ] and QEMU at a comma.

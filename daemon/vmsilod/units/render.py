@@ -176,7 +176,10 @@ RemoveOnStop=yes
 
 
 def _render_vm(vm: VmConfig, context: UnitContext) -> str:
-    daemons = f"vmsilod.socket vmsilo-relayd.socket vmsilod.service vmsilo-relayd.service {DAEMONS_TARGET}"
+    daemons = (
+        "vmsilod.socket vmsilo-relayd.socket vmsilo-consoled.socket"
+        f" vmsilod.service vmsilo-relayd.service {DAEMONS_TARGET}"
+    )
     needed = " ".join(vm_unit(name) for name in vm.depends_on)
     wants = f"# depends_on\nWants={needed}\nAfter={needed}\n" if needed else ""
     wants += _render_pci_order(vm)

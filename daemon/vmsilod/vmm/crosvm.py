@@ -111,7 +111,7 @@ def _pci_args(vm: VmShape) -> list[str]:
 
 def _console_args(console: Console) -> list[str]:
     # Without a first serial port of ours crosvm would make one on its standard input and output.
-    if console is Console.STDIO:
+    if console is not Console.NONE:
         return ["--serial", "type=stdout,hardware=serial,num=1,console=true,stdin=true"]
     return ["--serial", "type=sink,hardware=serial,num=1"]
 

@@ -37,9 +37,10 @@ def plan_kernel_params(
 
 
 def _console_params(console: Console) -> tuple[str, ...]:
-    # A serial console costs an exit per byte, at boot too: without a reader the kernel is told to write
-    # nothing.
-    return ("systemd.show_status=yes",) if console is Console.STDIO else ("quiet", "loglevel=3")
+    # A serial console costs an exit per byte, at boot too: the kernel's notices are for vm-start-debug.
+    if console is Console.STDIO:
+        return ("systemd.show_status=yes",)
+    return ("quiet", "loglevel=3") if console is Console.NONE else ("loglevel=5", "systemd.show_status=yes")
 
 
 def _guest_params(name: str) -> tuple[str, ...]:

@@ -27,9 +27,11 @@ class Console(enum.Enum):
     """Where the bytes of the guest's serial console go."""
 
     NONE = "none"
-    """Nowhere: they are the guest's, and nothing filters them on their way to the journal yet."""
+    """Nowhere: vmsilo-consoled could not take them."""
+    SERIAL = "serial"
+    """The VMM's standard input and output are a terminal whose other side vmsilo-consoled has."""
     STDIO = "stdio"
-    """The VMM's own standard input and output: vm-start-debug."""
+    """They are the terminal of vm-start-debug: everything that the kernel says."""
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def plan_launch(vm: VmShape, leases: Leases, *, console: Console, binary: str) -
     argv += ["-action", "reboot=reset,shutdown=poweroff,panic=exit-failure"]
     argv += ["-chardev", f"socket,id=mon0,fd={fds.number(leases.monitor_fd)},server=on,wait=off"]
     argv += ["-mon", "chardev=mon0,mode=control"]
-    if console is Console.STDIO:
+    if console is not Console.NONE:
         # signal=off: Ctrl-C is the guest's.
         argv += ["-chardev", "stdio,id=console0,signal=off", "-serial", "chardev:console0"]
     argv += vm.qemu.extra_args
@@ -128,7 +128,7 @@ def _machine_args(vm: VmShape, machine: str, console: Console, *, kvm: bool) -> 
 
 
 def _plan_append(vm: VmShape, leases: Leases, console: Console) -> str:
-    vmm_params = ("console=ttyS0",) if console is Console.STDIO else ()
+    vmm_params = () if console is Console.NONE else ("console=ttyS0",)
     return plan_kernel_params(vm, leases, console=console, vmm_params=vmm_params)
 
 

@@ -22,6 +22,7 @@ Usage: vmsilo COMMAND [ARGUMENT]...
   check [--json]          check the configuration
   image ...               build and list images; see vmsilo image --help
   pci ...                 the PCI devices of the host; see vmsilo pci --help
+  usb ...                 USB devices of this computer in VMs; see vmsilo usb --help
   version                 print the version
   help                    this text
 
@@ -50,6 +51,10 @@ def main(argv: list[str], place: Place) -> int:
         from vmsilo.pci import main as main_pci
 
         return main_pci(arguments, place)
+    if command == "usb":
+        from vmsilo.usb import main as main_usb
+
+        return main_usb(arguments, place)
     if command not in ("list", "status"):
         raise UsageError(f"unknown command '{printable(command, 60)}'", "vmsilo help")
     options, rest = parse_options(arguments, ("--json", "--help", "-h"), ())

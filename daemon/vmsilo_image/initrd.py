@@ -19,6 +19,9 @@ from .tree import resolve_inside
 if TYPE_CHECKING:
     from pathlib import Path
 
+# libcrc32c of a full Debian kernel, which erofs needs, does not load without the algorithm, and modules.dep
+# does not say so.
+FIRST_IF_THERE = ("crc32c_generic",)
 # Order is load order: the transports come last, so that a device finds its driver when it appears.
 WANTED = (
     "erofs",
@@ -75,7 +78,7 @@ def load_modules(root: Path, release: str) -> list[tuple[str, bytes]]:
         builtin = (base / "modules.builtin").read_text()
     except OSError as error:
         raise ImageError(f"the modules of kernel {release} cannot be read: {error.strerror}") from error
-    order = modules.plan_load_order(WANTED, dependencies, builtin, WANTED_IF_THERE)
+    order = modules.plan_load_order(WANTED, dependencies, builtin, WANTED_IF_THERE, FIRST_IF_THERE)
     return [(f"{modules.module_name(path)}.ko", uncompress(base / path)) for path in order]
 
 

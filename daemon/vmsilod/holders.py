@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vmsilod.endings import Endings
     from vmsilod.pci.claims import PciClaims
+    from vmsilod.usb.attachments import UsbAttachments
 
 
 @dataclass(frozen=True)
 class Holders:
     endings: Endings
     pci: PciClaims
+    usb: UsbAttachments

@@ -51,6 +51,7 @@ class Lifecycle:
         runs: Runs,
         publication: Publication,
     ) -> None:
+        self.usb = holders.usb
         self._registry = registry
         self._endings = holders.endings
         self._pci = holders.pci

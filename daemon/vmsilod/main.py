@@ -32,6 +32,8 @@ from vmsilod.registry import Registry
 from vmsilod.relay_client import RelayClient
 from vmsilod.runs import Runs
 from vmsilod.systemd import Systemd
+from vmsilod.usb.attachments import UsbAttachments
+from vmsilod.usb.watch import UsbWatch
 from vmsilod.watch import ConfigurationWatch
 
 if TYPE_CHECKING:
@@ -54,8 +56,9 @@ class Daemon:
         self._systemd = Systemd(self._con, lambda unit: self._lifecycle.unit_changed(unit))
         self._endings = Endings(self._registry, self._systemd, lambda vm: self._lifecycle.changed(vm))
         self._pci = PciClaims(self._systemd.start)
+        self._usb = UsbAttachments(self._registry)
         self._publication = Publication(self._registry, self._systemd, self._pci)
-        holders = Holders(self._endings, self._pci)
+        holders = Holders(self._endings, self._pci, self._usb)
         self._runs = Runs(self._registry, self._systemd, holders, lambda vm: self._lifecycle.changed(vm))
         self._lifecycle = Lifecycle(self._registry, self._systemd, holders, self._runs, self._publication)
         self._publication.on_applied = self._lifecycle.configuration_applied
@@ -69,6 +72,7 @@ class Daemon:
         await self._lifecycle.refresh_all()
         await self._publication.reload()
         await self._lifecycle.refresh_all()
+        await self._usb.load()
         self._relay = RelayClient(self._lifecycle.relay_event, lambda: _start(self._runs.agree_with_relay()))
         self._runs.use_relay(self._relay)
         self._relay.open()
@@ -79,6 +83,9 @@ class Daemon:
         self._watch = ConfigurationWatch(DEFAULT_ROOTS, lambda: _start(self._publication.reload()))
         await self._endings.resume()
         notify("READY=1")
+        _start(self._usb.repair())  # it asks the VMMs, and one that hangs must not keep the others waiting
+        self._lifecycle.subscribe(self._usb.vm_changed)
+        self._usb_watch = UsbWatch(self._usb.refresh)
         await self._publication.start_autostart_vms()
 
     def run(self) -> int:

@@ -353,11 +353,8 @@ class Runs:
                 log.error(
                     "VM %s: the relay was stopped and does not know it any more; restart the VM", vm.name
                 )
-                vm.agent, vm.ready, vm.status = (
-                    False,
-                    False,
-                    "unreachable: the relay was stopped; restart the VM",
-                )
+                vm.agent = vm.ready = False
+                vm.status = "unreachable: the relay was stopped; restart the VM"
                 self._on_change(vm)
 
 

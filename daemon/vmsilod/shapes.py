@@ -34,6 +34,7 @@ def shape_of(config: VmConfig) -> launch.VmShape:
         kernel_params=tuple(config.kernel_params),
         needs_pci=config.memory_max is not None or bool(vhost_user) or bool(config.pci_devices),
         pci=tuple(launch.PciFunction(device.path, device.iommu) for device in config.pci_devices),
+        usb=config.wants_usb,
         memory_max_mib=config.memory_max,
         vhost_user=vhost_user,
         crosvm=launch.CrosvmShape(

@@ -3,7 +3,6 @@
 import json
 import os
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,30 +10,12 @@ from typing import Any
 
 import pytest
 import vmsilo_wire as wire
-from client_host import command_socket, run_commands, site_dirs, write_program
+from client_host import command_socket, run_commands
 from client_host_terminal import Terminal
 from vmsilo_wire import payload
 
 pytest.importorskip("jeepney")
-from client_host_bus import FakeDaemon, fake_daemon, message_bus, vm
-
-Completed = subprocess.CompletedProcess[bytes]
-
-
-class Programs:
-    """The installed programs, over a bus."""
-
-    def __init__(self, directory: Path, address: str) -> None:
-        self.directory = directory
-        self.env = {"DBUS_SYSTEM_BUS_ADDRESS": address}
-
-    def argv(self, program: str) -> list[str]:
-        return write_program(self.directory, program, interpreter_path=site_dirs())
-
-    def __call__(self, program: str, *args: str, stdin: bytes = b"") -> Completed:
-        env = {**os.environ, **self.env}
-        argv = [*self.argv(program), *args]
-        return subprocess.run(argv, input=stdin, capture_output=True, timeout=60, check=False, env=env)
+from client_host_bus import FakeDaemon, Programs, fake_daemon, message_bus, vm
 
 
 @pytest.fixture
@@ -303,42 +284,3 @@ def test_debug_console_leaves_by_key(programs: Programs, daemon: FakeDaemon) -> 
         assert [method for method, _body in daemon.calls] == ["StartDebug", "Kill"]
         assert terminal.current_modes() == terminal.modes
     guest.end("stopped", "")
-
-
-# vmsilo memory
-
-SIZES = {"configured": 512, "maximum": 1024, "requested": 512, "actual": 512}
-
-
-def test_memory_is_shown(programs: Programs, daemon: FakeDaemon) -> None:
-    daemon.answers["GetMemory"] = lambda _body: ("a{su}", (SIZES,))
-    done = programs("vmsilo", "memory", "banking")
-    assert done.stdout.decode().splitlines()[0] == "memory      512 MiB"
-    assert json.loads(programs("vmsilo", "memory", "--json", "banking").stdout) == SIZES
-
-
-def test_memory_is_asked_for_until_the_guest_has_it(programs: Programs, daemon: FakeDaemon) -> None:
-    answers = iter([768, 1024])
-    asked = {**SIZES, "requested": 1024}
-    daemon.answers["SetMemory"] = lambda _body: ("a{su}", (asked,))
-    daemon.answers["GetMemory"] = lambda _body: ("a{su}", ({**asked, "actual": next(answers)},))
-    done = programs("vmsilo", "memory", "banking", "1G")
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert ("SetMemory", ("banking", 1024)) in daemon.calls
-    assert "now         1024 MiB" in done.stdout.decode()
-
-
-def test_memory_that_the_guest_keeps_is_told(programs: Programs, daemon: FakeDaemon) -> None:
-    kept = {**SIZES, "actual": 640}
-    for method in ("SetMemory", "GetMemory"):
-        daemon.answers[method] = lambda _body: ("a{su}", (kept,))
-    done = programs("vmsilo", "memory", "banking", "512M")
-    assert done.returncode == 1
-    assert "gave back only a part" in done.stdout.decode()
-
-
-@pytest.mark.parametrize("size", ["", "0", "-1", "1.5G", "1T", "9" * 9, "\u0663", "x"])
-def test_memory_size_that_is_none(programs: Programs, daemon: FakeDaemon, size: str) -> None:
-    done = programs("vmsilo", "memory", "banking", size)
-    assert done.returncode == 2
-    assert daemon.calls == []

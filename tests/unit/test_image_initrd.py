@@ -127,6 +127,12 @@ def test_dependencies_come_first_and_once() -> None:
     ]
 
 
+def test_what_a_module_wants_without_saying_so_comes_before_everything() -> None:
+    dependencies = MODULES_DEP + "kernel/crypto/crc32c_generic.ko.xz:\n"
+    order = plan_load_order(["erofs"], dependencies, BUILTIN, first_if_there=["crc32c_generic", "gone"])
+    assert [module_name(path) for path in order] == ["crc32c_generic", "libcrc32c", "erofs"]
+
+
 def test_builtin_modules_are_skipped() -> None:
     assert plan_load_order(["ext4", "virtio_pci"], MODULES_DEP, BUILTIN) == []
 

@@ -37,6 +37,7 @@ LAYERS = (
         *("vmsilod.spawning", "vmsilod.ssh_login", "vmsilod.vm_view", "vmsilod.publication"),
         "vmsilod.endings",
     },
+    {"vmsilod.usb"},
     {"vmsilod.holders"},
     {"vmsilod.runs"},
     {"vmsilod.lifecycle"},

@@ -62,6 +62,21 @@ def test_units_are_as_agreed(case: str) -> None:
     assert dict(rendered.files) == {path.name: path.read_text() for path in folder.iterdir()}
 
 
+@pytest.mark.parametrize(
+    "changes", [{"usb": True}, {"usb_devices": [{"vendor": "0951", "product": "1666"}]}]
+)
+def test_only_a_qemu_with_a_usb_controller_may_open_a_netlink_socket(changes: dict[str, object]) -> None:
+    families = "RestrictAddressFamilies=AF_NETLINK"
+    texts = render_units(make_vm(**changes), QEMU_HYBRID).files
+    assert families in settings_of(texts["vmsilo-banking-vm.service"])
+    assert families in settings_of(texts["vmsilo-banking-debug.service"])
+    assert families not in settings_of(texts["vmsilo-banking-vsock.service"])
+    crosvm = render_units(make_vm(**changes), CROSVM).files["vmsilo-banking-vm.service"]
+    assert families not in settings_of(crosvm)
+    plain = render_units(make_vm(), QEMU_HYBRID).files["vmsilo-banking-vm.service"]
+    assert families not in settings_of(plain)
+
+
 def test_auto_start_is_a_link_into_the_target() -> None:
     link = "vmsilo-vms.target.wants/vmsilo-banking-vm.service"
     assert render_units(*CASES["crosvm"]).links == {link: "../vmsilo-banking-vm.service"}

@@ -82,6 +82,7 @@ CROSVM_CASES = {
     "crosvm-kernel-vsock": (VM, LEASES, Console.NONE),
     "crosvm-hybrid-vsock": (VM, HYBRID, Console.NONE),
     "crosvm-writable-disk": (EXTRA_PARAMS, WRITABLE, Console.NONE),
+    "crosvm-usb": (replace(VM, usb=True), LEASES, Console.NONE),
     "crosvm-debug-console": (VM, LEASES, Console.STDIO),
     "crosvm-pci": (PCI, LEASES, Console.NONE),
     "crosvm-no-disk": (VM, replace(LEASES, root=None, initrd_fd=None), Console.NONE),
@@ -123,6 +124,7 @@ QEMU_CASES = {
     "qemu-q35-kvm-writable-disk": (Q35, WRITABLE, Console.NONE),
     "qemu-q35-tcg-hybrid": (VM, replace(HYBRID, kvm=False), Console.NONE),
     "qemu-pci": (PCI, LEASES, Console.NONE),
+    "qemu-usb": (replace(VM, usb=True), LEASES, Console.NONE),
     "qemu-debug-console": (EXTRA_PARAMS, LEASES, Console.STDIO),
     "qemu-odd-names": (replace(VM, name="a,b=c"), ODD_NAMES, Console.NONE),
     "qemu-extra-args": (

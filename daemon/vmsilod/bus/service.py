@@ -30,6 +30,7 @@ from vmsilod.bus.views import (
     find_changes,
     pack_pci,
     pack_properties,
+    pack_usb,
     printable,
 )
 from vmsilod.errors import Denied, Failed
@@ -162,6 +163,18 @@ class RootObject:
 
     async def ReleasePci(self, _call: Call, address: str) -> str:
         return printable(await self._domain.release_pci(address))
+
+    async def ListUsb(self, _call: Call) -> list[dict[str, GLib.Variant]]:
+        return [pack_usb(view) for view in await self._domain.usb.list_devices()]
+
+    async def AttachUsb(self, _call: Call, name: str, device: str) -> None:
+        await self._domain.usb.attach(name, device)
+
+    async def DetachUsb(self, _call: Call, name: str, device: str) -> None:
+        await self._domain.usb.detach(name, device)
+
+    async def ReleaseUsb(self, _call: Call, device: str) -> None:
+        await self._domain.usb.release(device)
 
     async def StartDebug(self, call: Call, name: str, *handles: int) -> str:
         fds: list[int] = []

@@ -18,7 +18,7 @@ from vmsilod.vmm.launch import VhostUserDevice
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from vmsilod.config.schema import GlobalConfig, PciDevice, VmFile
+    from vmsilod.config.schema import GlobalConfig, PciDevice, UsbDevice, VmFile
 
 
 def check_account(settings: GlobalConfig, file: str) -> list[Problem]:
@@ -115,6 +115,21 @@ def check_cycles(depends_on: Mapping[str, tuple[str, ...]], files: Mapping[str, 
     for name, chain in find_cycles(depends_on).items():
         fact = "names the VM itself" if len(chain) == 2 else "is a circle: " + " -> ".join(chain)
         problems.append(Problem(files[name], "depends_on", fact, vm=name))
+    return problems
+
+
+def check_usb_rules(rules: Mapping[str, tuple[UsbDevice, ...]], files: Mapping[str, str]) -> list[Problem]:
+    """A warning, which disables no VM: two VMs have one and the same rule."""
+    problems = []
+    seen: dict[UsbDevice, str] = {}
+    for name, entries in sorted(rules.items()):
+        for rule in dict.fromkeys(entries):
+            first = seen.setdefault(rule, name)
+            if first != name:
+                ids = ":".join(part for part in (rule.vendor, rule.product, rule.serial) if part)
+                fact = f"the VM {first} has the rule {ids}, too"
+                hint = "of the two that run the one that was started first gets the device"
+                problems.append(Problem(files[name], "usb_devices", fact, hint))
     return problems
 
 

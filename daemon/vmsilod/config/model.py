@@ -27,6 +27,7 @@ from vmsilod.config.schema import (
     RootDisk,
     Seconds,
     Table,
+    UsbDevices,
     VhostUserDevices,
     VmFile,
     VmmChoice,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # Not part of what a running VM is made of: a change of these never asks for its restart.
-_OUTSIDE_DIGEST = {"sources", "auto_start", "restart"}
+_OUTSIDE_DIGEST = {"sources", "auto_start", "restart", "usb_devices"}
 
 
 class VmConfig(Table):
@@ -60,6 +61,8 @@ class VmConfig(Table):
     vmm: VmmChoice = "auto"
     crosvm: CrosvmOptions = CrosvmOptions()
     qemu: QemuOptions = QemuOptions()
+    usb: bool = False
+    usb_devices: UsbDevices = ()
     cloud_hypervisor: CloudHypervisorOptions = CloudHypervisorOptions()
     vhost_user: VhostUserDevices = ()
     auto_start: bool = False
@@ -75,9 +78,14 @@ class VmConfig(Table):
         """The root disk of its own, None for the image's."""
         return self.root_disk.path if self.root_disk else None
 
+    @property
+    def wants_usb(self) -> bool:
+        """Whether it gets a controller, which it can get only at its start."""
+        return self.usb or bool(self.usb_devices)
+
     def digest(self) -> str:
         """SHA-256 (hex) over the canonical JSON of what makes up a running VM."""
-        content = self.model_dump(mode="json", exclude=_OUTSIDE_DIGEST)
+        content = self.model_dump(mode="json", exclude=_OUTSIDE_DIGEST) | {"usb": self.wants_usb}
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
@@ -91,7 +99,7 @@ class VmConfig(Table):
 
 
 def resolve_vm(settings: GlobalConfig, vm: VmFile, sources: Sequence[str]) -> VmConfig:
-    tables = {"crosvm", "qemu", "cloud_hypervisor", "root_disk", "vhost_user"}
+    tables = {"crosvm", "qemu", "cloud_hypervisor", "root_disk", "vhost_user", "usb_devices"}
     own = vm.model_dump(exclude=tables, exclude_none=True)
     inherited = {
         key: getattr(settings, key)
@@ -120,5 +128,6 @@ def resolve_vm(settings: GlobalConfig, vm: VmFile, sources: Sequence[str]) -> Vm
         cloud_hypervisor=cloud_hypervisor,
         vhost_user=vm.vhost_user,
         root_disk=vm.root_disk,
+        usb_devices=vm.usb_devices,
         sources=tuple(sources),
     )

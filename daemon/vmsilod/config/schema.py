@@ -28,6 +28,9 @@ _DEVICE_TYPE = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 _OPTION_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 _ENDS_A_VALUE = re.compile(r"""[,"'\[\](){}]""")
 
+_USB_ID = re.compile(r"[0-9a-fA-F]{4}")
+_USB_SERIAL = re.compile(r"[!-~](?:[ -~]{0,124}[!-~])?")
+
 LogLevel = Literal["error", "warn", "info", "debug", "trace"]
 VmmChoice = Literal["auto", "crosvm", "qemu", "cloud-hypervisor"]
 Accel = Literal["auto", "kvm", "tcg"]
@@ -140,6 +143,29 @@ def _expand_restart(value: Any) -> Any:  # as below
     return {"policy": value} if isinstance(value, str) else value
 
 
+def _check_usb_id(text: str) -> str:
+    if not _USB_ID.fullmatch(text):
+        raise ValueError(f"'{text}' is not a USB vendor or product: four hexadecimal digits")
+    return text.lower()
+
+
+def _check_usb_serial(text: str) -> str:
+    if text and not _USB_SERIAL.fullmatch(text):
+        raise ValueError(f"'{text}' is not a serial number: up to 126 printable ASCII characters")
+    return text
+
+
+def _expand_usb_devices(value: Any) -> Any:  # whatever TOML gave; pydantic checks the result
+    """ "046d:c52b" and "046d:c52b:SERIAL" mean the table with these three keys."""
+    if not isinstance(value, list):
+        return value
+    keys = ("vendor", "product", "serial")
+    return [
+        dict(zip(keys, entry.split(":", 2), strict=False)) if isinstance(entry, str) else entry
+        for entry in value
+    ]
+
+
 def _expand_disk(value: Any) -> Any:  # whatever TOML gave; pydantic checks the result
     return {"path": value} if isinstance(value, str) else value
 
@@ -164,6 +190,8 @@ VmName = Annotated[str, AfterValidator(check_vm_name)]
 ImageName = Annotated[str, AfterValidator(_check_image)]
 AccountName = Annotated[str, AfterValidator(_check_account)]
 Color = Annotated[str, AfterValidator(_check_color)]
+UsbId = Annotated[str, AfterValidator(_check_usb_id)]
+UsbSerial = Annotated[str, AfterValidator(_check_usb_serial)]
 Seconds = Annotated[int, Field(ge=1, le=TIMEOUT_MAX)]
 # strict=False on the tuple alone: TOML has lists; what is in them stays strict.
 Arguments = Annotated[tuple[Annotated[str, AfterValidator(_check_argument)], ...], Field(strict=False)]
@@ -214,6 +242,14 @@ PciDevices = Annotated[
 ]
 
 
+class UsbDevice(Table):
+    """A USB device of the host, whichever port it is in; without a serial number every one of its kind."""
+
+    vendor: UsbId
+    product: UsbId
+    serial: UsbSerial = ""
+
+
 class CrosvmOptions(Table):
     log_level: LogLevel = "info"
     extra_args: Arguments = ()
@@ -256,6 +292,9 @@ class RestartPolicy(Table):
     within: Annotated[int, Field(ge=1, le=86400)] = 600
 
 
+UsbDevices = Annotated[tuple[UsbDevice, ...], Field(strict=False), BeforeValidator(_expand_usb_devices)]
+
+
 class GlobalConfig(Table):
     """vmsilo.toml."""
 
@@ -288,6 +327,8 @@ class VmFile(Table):
     vmm: VmmChoice | None = None
     crosvm: VmCrosvmOptions = VmCrosvmOptions()
     qemu: VmQemuOptions = VmQemuOptions()
+    usb: bool = False
+    usb_devices: UsbDevices = ()
     cloud_hypervisor: VmCloudHypervisorOptions = VmCloudHypervisorOptions()
     vhost_user: VhostUserDevices = ()
     auto_start: bool = False

@@ -111,11 +111,11 @@ class Ledger:
     def give_back(self, address: str) -> str:
         """The driver of the host that has it now, "" if there is none."""
         operations = plan.plan_give_back(read_topology(self._roots), self._known(), address)
+        binding.execute(operations, self._roots)
         if address not in self._state.released:
             self._state.released.append(address)
         self._state.origin.pop(address, None)
         self._save()
-        binding.execute(operations, self._roots)
         return plan.find_function(read_topology(self._roots), address).driver
 
     def isolate(self, addresses: Iterable[str]) -> None:

@@ -61,7 +61,8 @@ def plan_launch(vm: VmShape, leases: Leases, *, console: Console, binary: str) -
     argv += ["--name", check_argument(vm.name)[:_COMM_LENGTH]]
     argv += ["--socket", fds.path(leases.monitor_fd)]
     argv += ["--mem", f"size={vm.memory_mib}", "--cpus", f"num-cores={vm.cpus}"]
-    argv += ["--nested", "off", "--no-usb", "--pivot-root", check_argument(leases.empty_dir)]
+    argv += ["--nested", "off", *([] if vm.usb else ["--no-usb"])]
+    argv += ["--pivot-root", check_argument(leases.empty_dir)]
     argv += _vsock_args(leases, fds)
     argv += _disk_args(leases.root, fds)
     argv += plan_vhost_user(vm, leases, fds)

@@ -92,6 +92,8 @@ class VmShape:
     vhost_user: tuple[VhostUserDevice, ...] = ()
     pci: tuple[PciFunction, ...] = ()
     """Bound to vfio-pci, their groups' nodes in /dev/vfio open to the VM's uid."""
+    usb: bool = False
+    """The VM has an xHCI controller, into which host devices can be plugged while it runs."""
     crosvm: CrosvmShape = field(default_factory=CrosvmShape)
     qemu: QemuShape = field(default_factory=QemuShape)
     cloud_hypervisor: CloudHypervisorShape = field(default_factory=CloudHypervisorShape)

@@ -9,7 +9,7 @@ call it in the worker pool, never on a loop.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 DEFAULT_TIMEOUT = 5.0
 """Seconds for one request, connecting included."""
@@ -64,3 +64,34 @@ class MonitorClient(Protocol):
         """Asks the guest to plug memory in or out until it has `size` bytes in all."""
 
     def memory_state(self) -> MemoryState: ...
+
+
+@dataclass(frozen=True)
+class AttachedUsb:
+    """`handle` is the VMM's name for it. `label` is what it was attached under, `ids` its "VID:PID", each ""
+    where the VMM does not say.
+    """
+
+    handle: str
+    label: str = ""
+    ids: str = ""
+
+
+@runtime_checkable
+class UsbMonitor(Protocol):
+    """What the client of a VMM that takes USB devices while it runs can do beside."""
+
+    returns_usb_to_host: bool
+    """Whether the VMM binds the host's drivers again when it lets go of a device, if its descriptor
+    allows.
+    """
+
+    def attach_usb(self, fd: int, label: str) -> str:
+        """Plugs the device of this usbfs descriptor in, which stays the caller's; returns its handle. A
+        label has letters, digits and dashes.
+        """
+
+    def detach_usb(self, handle: str) -> None:
+        """Returns when the VMM has let go of it; a handle that is not there any more is no error."""
+
+    def list_usb(self) -> list[AttachedUsb]: ...

@@ -16,6 +16,7 @@ from vmsilod.vmm.kernel_params import plan_kernel_params
 from vmsilod.vmm.launch import ENVIRONMENT, Console, HybridVsock, KernelVsock, Launch, PassedFds
 from vmsilod.vmm.outcome import Outcome, OutcomeKind, explain_signal
 from vmsilod.vmm.qmp import HOTPLUG_ID
+from vmsilod.vmm.qmp_usb import USB_ID
 from vmsilod.vmm.vhost_user import plan_qemu as plan_vhost_user
 
 if TYPE_CHECKING:
@@ -68,6 +69,9 @@ def plan_launch(vm: VmShape, leases: Leases, *, console: Console, binary: str) -
     argv += _hotplug_args(vm)
     argv += plan_vhost_user(vm, leases, fds)
     argv += _pci_args(vm)
+    if vm.usb:
+        # For devices of the host, by QMP; eight ports of either speed.
+        argv += ["-device", f"qemu-xhci,id={USB_ID},p2=8,p3=8"]
     argv += ["-device", f"virtio-rng-{bus}"]
     argv += ["-device", f"virtio-balloon-{bus},id={BALLOON_ID},deflate-on-oom=on,free-page-reporting=on"]
     argv += ["-device", "pvpanic" if machine == "microvm" else "pvpanic-pci"]
@@ -87,13 +91,14 @@ def choose_machine(vm: VmShape, *, kvm: bool) -> str:
     Under TCG it is q35: microvm has neither HPET nor PM timer, so a guest without KVM's clock boots only if
     it can calibrate its TSC against the PIT, which mostly failed on a busy host (QEMU 10.0.13, Linux 6.12).
     """
-    if vm.qemu.machine == "microvm" and vm.needs_pci:
+    needs_pci = vm.needs_pci or vm.usb
+    if vm.qemu.machine == "microvm" and needs_pci:
         raise LaunchRefused(
             f"{vm.name} has a device that needs PCI, and machine microvm has none",
             'set machine to "q35" or "auto"',
         )
     if vm.qemu.machine == "auto":
-        return "microvm" if kvm and not vm.needs_pci else "q35"
+        return "microvm" if kvm and not needs_pci else "q35"
     return vm.qemu.machine
 
 

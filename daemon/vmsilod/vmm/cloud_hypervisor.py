@@ -91,7 +91,7 @@ def _disk_args(root: Disk | None, fds: PassedFds) -> list[str]:
         # A private mapping: what a guest writes to it is its own and never reaches the file.
         return ["--pmem", f"file={path},discard_writes=on"]
     access = "on" if root.readonly else "off"
-    # It looks at the first bytes all the same, but with image_type it refuses a disk that begins like another
+    # It looks at the first bytes all the same, but with image_type it refuses what begins like another
     # format: else the guest could write a qcow2 header that names a file of the host.
     return ["--disk", f"path={path},readonly={access},image_type=raw,backing_files=off"]
 

@@ -149,9 +149,9 @@ def test_start_that_fails_says_why(host: Host) -> None:
         assert "does not know one of its arguments" in vm["LastResult"]
 
 
-def test_writable_disk_needs_the_right_of_the_vms_own_user(host: Host, tmp_path: Path) -> None:
+def test_writable_disk_needs_the_right_of_the_vms_own_user(host: Host) -> None:
     require_program("cloud-hypervisor")
-    disk = tmp_path / "disk"
+    disk = Path("/var/lib/vmsilo/own-disk")  # vmsilod has a /tmp of its own
     disk.write_bytes(bytes(1 << 20))
     disk.chmod(0o600)
     text = f'vmm = "cloud-hypervisor"\nroot_disk = "{disk}"\nroot_disk_readonly = false\n'
@@ -160,6 +160,7 @@ def test_writable_disk_needs_the_right_of_the_vms_own_user(host: Host, tmp_path:
         assert refused.returncode == 1
         assert "may not write" in refused.stderr
         assert "0666" in refused.stderr
+    disk.unlink()
 
 
 @pytest.fixture

@@ -47,8 +47,9 @@ def test_other_keys_are_options_of_the_device_and_survive_the_record(tmp_path: P
         (
             'vmm = "cloud-hypervisor"\npci_devices = ["01:00.0"]',
             "pci_devices",
-            "vmsilo passes none to cloud-hypervisor",
+            "not with cloud-hypervisor",
         ),
+        ('vmm = "cloud-hypervisor"\nusb = true', "usb", "not with cloud-hypervisor"),
         ('vhost_user = [{ socket = "/s" }]', "vhost_user.0.type", "required, but not set"),
         ('vhost_user = [{ type = "fs" }]', "vhost_user.0.socket", "required, but not set"),
         (

@@ -330,9 +330,10 @@ def test_cloud_hypervisor_without_seccomp_is_refused(extra: str) -> None:
         cloud_hypervisor.plan_launch(vm, BUILTIN, console=Console.NONE, binary="cloud-hypervisor")
 
 
-def test_cloud_hypervisor_with_pci_devices_is_refused() -> None:
+@pytest.mark.parametrize("vm", [PCI, replace(VM, usb=True)])
+def test_cloud_hypervisor_with_devices_of_the_host_is_refused(vm: VmShape) -> None:
     with pytest.raises(LaunchRefused):
-        cloud_hypervisor.plan_launch(PCI, BUILTIN, console=Console.NONE, binary="cloud-hypervisor")
+        cloud_hypervisor.plan_launch(vm, BUILTIN, console=Console.NONE, binary="cloud-hypervisor")
 
 
 @pytest.mark.parametrize("leases", [LEASES, HYBRID])

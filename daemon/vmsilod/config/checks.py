@@ -69,9 +69,10 @@ def check_vmm(vm: VmFile, vmm: str, find_origin: Callable[[tuple[str, ...]], str
         fact, hint = _find_memory_fault(vm.memory, vm.memory_max, vmm)
         if fact:
             problems.append(Problem(find_origin(("memory_max",)), "memory_max", fact, hint, vm=vm.name))
-    if vm.pci_devices and vmm == "cloud-hypervisor":
-        fact, hint = "vmsilo passes none to cloud-hypervisor", 'set vmm to "crosvm" or "qemu"'
-        problems.append(Problem(find_origin(("pci_devices",)), "pci_devices", fact, hint, vm=vm.name))
+    for key in ("pci_devices", "usb_devices", "usb") if vmm == "cloud-hypervisor" else ():
+        if getattr(vm, key):
+            fact, hint = "not with cloud-hypervisor", 'set vmm to "crosvm" or "qemu"'
+            problems.append(Problem(find_origin((key,)), key, fact, hint, vm=vm.name))
     for device in vm.vhost_user if vmm != "auto" else ():
         shape = VhostUserDevice(device.type, device.socket, tuple(device.options.items()))
         if fault := vhost_user.find_fault(shape, vmm):

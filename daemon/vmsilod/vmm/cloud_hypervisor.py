@@ -42,11 +42,7 @@ _SIGNAL_CAUSES: dict[int, str] = {
 def plan_launch(vm: VmShape, leases: Leases, *, console: Console, binary: str) -> Launch:
     """argv of cloud-hypervisor; see docs/vmm.md for each option's reason."""
     _check_extra_args(vm)
-    if vm.pci:
-        raise LaunchRefused(
-            f"{vm.name} has pci_devices, which vmsilo does not pass to cloud-hypervisor",
-            'set vmm to "crosvm" or "qemu"',
-        )
+    _check_devices(vm)
     fds = PassedFds()
     argv = [binary, *_LOG_LEVELS[vm.cloud_hypervisor.log_level]]
     argv += ["--api-socket", f"fd={fds.number(leases.monitor_fd)}"]
@@ -66,6 +62,15 @@ def plan_launch(vm: VmShape, leases: Leases, *, console: Console, binary: str) -
     argv += ["--cmdline", plan_kernel_params(vm, leases, console=console, vmm_params=vmm_params)]
     argv += vm.cloud_hypervisor.extra_args
     return Launch(tuple(argv), ENVIRONMENT, fds.passed())
+
+
+def _check_devices(vm: VmShape) -> None:
+    for there, fact in (
+        (bool(vm.pci), "pci_devices, which vmsilo does not pass to cloud-hypervisor"),
+        (vm.usb, "USB, which cloud-hypervisor does not have"),
+    ):
+        if there:
+            raise LaunchRefused(f"{vm.name} has {fact}", 'set vmm to "crosvm" or "qemu"')
 
 
 def _plan_memory(vm: VmShape) -> str:
@@ -91,7 +96,8 @@ def _disk_args(root: Disk | None, fds: PassedFds) -> list[str]:
         # A private mapping: what a guest writes to it is its own and never reaches the file.
         return ["--pmem", f"file={path},discard_writes=on"]
     access = "on" if root.readonly else "off"
-    # image_type: else it would probe, and the guest could write a qcow2 header that names a host file.
+    # It looks at the first bytes all the same, but with image_type it refuses what begins like another
+    # format: else the guest could write a qcow2 header that names a file of the host.
     return ["--disk", f"path={path},readonly={access},image_type=raw,backing_files=off"]
 
 

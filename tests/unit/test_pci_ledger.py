@@ -64,7 +64,7 @@ def test_a_run_from_start_to_end(tmp_path: Path) -> None:
     assert tree.writes[-1] == (f"bus/pci/devices/{NIC}/reset", "1")
     assert tree.driver(NIC) == "vfio-pci", "a device that a guest had goes to no driver of the host"
     assert (view(ledger).state, view(ledger).vm) == ("claimed", "")
-    assert ledger.give_back(NIC) == "e1000e"
+    assert ledger.give_back(NIC, isolated=False) == "e1000e"
     assert tree.snapshot()[NIC] == ("e1000e", "")
 
 
@@ -72,7 +72,7 @@ def test_nobody_ever_writes_new_id(tmp_path: Path) -> None:
     tree = lone_nic(tmp_path)
     ledger = start(tree)
     ledger.end("sys-net")
-    ledger.give_back(NIC)
+    ledger.give_back(NIC, isolated=False)
     assert not [name for name, _ in tree.writes if "new_id" in name]
 
 
@@ -152,7 +152,7 @@ def test_a_second_vm_is_refused_until_the_first_has_ended(tmp_path: Path) -> Non
     with pytest.raises(Refused, match="used by VM 'sys-net'"):
         ledger.start(Wanted("banking", UID + 1, (NIC,)))
     with pytest.raises(DeviceBusy, match="used by VM 'sys-net'"):
-        ledger.give_back(NIC)
+        ledger.give_back(NIC, isolated=False)
     assert tree.node(2).stat().st_uid == UID
     assert view(ledger).vm == "sys-net"
     ledger.end("sys-net")
@@ -170,7 +170,7 @@ def test_a_device_whose_reset_fails_is_tainted_until_the_boot_ends(tmp_path: Pat
     with pytest.raises(Refused, match="tainted"):
         ledger_of(tree).start(Wanted("banking", UID, (NIC,)))
     with pytest.raises(DeviceBusy, match="tainted"):
-        ledger.give_back(NIC)
+        ledger.give_back(NIC, isolated=False)
     ledger.start(Wanted("sys-net", UID, (NIC,)))
     (tree.device(NIC) / "reset").write_text("")
     ledger.end("sys-net")
@@ -223,10 +223,20 @@ def test_what_a_person_gave_back_is_not_isolated_again_in_this_boot(tmp_path: Pa
     tree = lone_nic(tmp_path)
     ledger = ledger_of(tree)
     ledger.isolate((NIC,))
-    ledger.give_back(NIC)
+    ledger.give_back(NIC, isolated=True)
     ledger_of(tree).isolate((NIC,))
     assert tree.driver(NIC) == "e1000e"
+    assert view(ledger).note == "released until the next boot"
     ledger.claim(NIC)
+    assert tree.driver(NIC) == "vfio-pci"
+
+
+def test_what_was_given_back_before_it_was_isolated_is_isolated(tmp_path: Path) -> None:
+    tree = lone_nic(tmp_path)
+    ledger = ledger_of(tree)
+    ledger.claim(NIC)
+    ledger.give_back(NIC, isolated=False)
+    ledger.isolate((NIC,))
     assert tree.driver(NIC) == "vfio-pci"
 
 

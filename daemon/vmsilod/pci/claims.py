@@ -7,6 +7,7 @@ bus. It runs on the GLib loop and never blocks it. The books are the ledger's.
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING
 
 from vmsilod import loop
@@ -89,7 +90,8 @@ class PciClaims:
         """The driver that has it now."""
         address = _parse(text)
         async with self._lock:
-            return await loop.in_worker(self._ledger.give_back, address)
+            isolated = address in self._isolated
+            return await loop.in_worker(partial(self._ledger.give_back, address, isolated=isolated))
 
     def _has_driver(self) -> bool:
         return self._roots.driver(VFIO_DRIVER).is_dir()

@@ -75,7 +75,8 @@ def main(argv: Sequence[str]) -> int:
         case []:
             if addresses:
                 _load_driver()
-                problems += isolate(addresses, Roots())
+                # No names: reading pci.ids would be most of its time.
+                problems += isolate(addresses, Roots(ids=()))
         case ["list"]:
             print("".join(f"{address}\n" for address in addresses), end="")
         case ["initramfs", folder, kernel] if kernel and "/" not in kernel:

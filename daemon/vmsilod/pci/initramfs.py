@@ -100,8 +100,8 @@ def find_stale(
         built = []
     if built == sorted(addresses) or not any(hook.exists() for hook in hooks):
         return None
-    known = ", ".join(built) or "none"
+    known, wanted = (", ".join(devices) or "none" for devices in (built, sorted(addresses)))
     return (
-        f"the initramfs of {kernel} isolates {known}: a driver in it may take the others before vfio-pci",
+        f"the initramfs of {kernel} was built to isolate {known}, and the configuration says {wanted}",
         "update-initramfs -u (Debian) or dracut --force (Fedora)",
     )

@@ -108,11 +108,11 @@ class Ledger:
             self._state.released.remove(address)
         self._execute(operations, [topology.functions[address]], usage)
 
-    def give_back(self, address: str) -> str:
-        """The driver of the host that has it now, "" if there is none."""
+    def give_back(self, address: str, *, isolated: bool) -> str:
+        """The driver of the host that has it now, "" if there is none. An isolated device stays with it."""
         operations = plan.plan_give_back(read_topology(self._roots), self._known(), address)
         binding.execute(operations, self._roots)
-        if address not in self._state.released:
+        if isolated and address not in self._state.released:
             self._state.released.append(address)
         self._state.origin.pop(address, None)
         self._save()
@@ -186,6 +186,8 @@ class Ledger:
             notes.append("in no IOMMU group")
         if tainted:
             notes.append(tainted[1])
+        if address in self._state.released and address in isolated:
+            notes.append("released until the next boot")
         if address in self._state.origin:
             notes.append(f"was with {self._state.origin[address]}")
         state = "used" if holder else "tainted" if tainted else "host" if function.with_host else "free"

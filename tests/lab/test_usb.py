@@ -115,7 +115,7 @@ def test_it_comes_back_after_a_replug(host: Host, vm: str) -> None:
 def test_vmsilod_may_be_killed_while_a_guest_has_it(host: Host, vm: str) -> None:
     attach(host, vm)
     host.run("systemctl kill -s KILL vmsilod.service")
-    host.wait_until("vmsilo list")
+    host.wait_until("vmsilo list", seconds=300)
     assert stick(host)["Vm"] == vm
     assert in_guest(host, vm)
     host.run(f"vmsilo usb detach {STICK}")

@@ -36,7 +36,7 @@ class ConsoleSocket:
         self._sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
         try:
             self._connect(name, place)
-            self._sock.send(ATTACH + dump_json({"history": history, "write": write}))
+            self._ask({"history": history, "write": write})
             self._sock.settimeout(0)
         except OSError as exc:
             self._sock.close()
@@ -54,6 +54,12 @@ class ConsoleSocket:
             raise ConsoleAbsentError(f"VM '{name}' has no console socket", SERVICE_HINT) from exc
         except PermissionError as exc:
             raise ClientError(f"VM '{name}' belongs to another user", f"ls -l {path}") from exc
+
+    def _ask(self, request: "dict[str, Any]") -> None:
+        try:
+            self._sock.send(ATTACH + dump_json(request))
+        except (BrokenPipeError, ConnectionResetError):
+            return  # refused before it asked: the reason is there to be read
 
     def fileno(self) -> int:
         return self._sock.fileno()

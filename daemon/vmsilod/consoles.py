@@ -35,7 +35,6 @@ PROGRAM = "vmsilo-consoled"
 SOCKET_PATH = "/run/vmsilo/console.sock"
 RUN = Path("/run/vmsilo")
 SUFFIX = "-console"
-JOURNAL_STREAM = "/run/systemd/journal/stdout"
 OPEN_SECONDS = 5.0
 """A console is worth no more of a VM's start than this."""
 
@@ -54,7 +53,7 @@ class Consoles:
     async def open(self, name: str, generation: str, journal: int | None) -> list[int]:
         """Descriptors for the VMM's standard input and output, the caller's; [] where there is no console.
 
-        `journal` is the unit's own journal stream, for the guest's lines.
+        `journal` is a stream into the unit's own journal, for the guest's lines.
         """
         master, slave = await loop.in_worker(open_terminal)
         fds = [master] if journal is None else [master, journal]
@@ -167,26 +166,24 @@ def remove_sockets(run: Path, wanted: frozenset[str]) -> None:
 
 
 def split_passed(fds: Sequence[int]) -> tuple[list[int], int | None]:
-    """What a launcher passed: its listening sockets, and its unit's journal stream, if that is what it says.
+    """What a launcher passed: its listening sockets, and the stream into its unit's journal.
 
-    systemd opened that stream for the unit before it gave up root; the unit's name is part of the stream's
-    beginning, which only root may say, so a stream that a VM's uid opened for itself claims nothing.
+    That stream ends in a process of the launcher's unit, under the VM's uid: whatever it is, it says nothing
+    in another's name.
     """
     listeners: list[int] = []
     journal = None
     for fd in fds:
-        if is_journal_stream(fd):
+        if is_stream(fd):
             journal = fd
         else:
             listeners.append(fd)
     return listeners, journal
 
 
-def is_journal_stream(fd: int) -> bool:
+def is_stream(fd: int) -> bool:
     if not stat.S_ISSOCK(os.fstat(fd).st_mode):
         return False
     with socket.socket(fileno=os.dup(fd)) as sock:
-        try:
-            return sock.type == socket.SOCK_STREAM and sock.getpeername() == JOURNAL_STREAM
-        except OSError:
-            return False
+        listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        return sock.family == socket.AF_UNIX and sock.type == socket.SOCK_STREAM and not listening

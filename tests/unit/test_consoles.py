@@ -27,16 +27,15 @@ def test_terminal_changes_no_byte_and_echoes_nothing() -> None:
         os.close(slave)
 
 
-def test_only_the_journal_stream_passes_for_one(tmp_path: Path) -> None:
-    """A stream to anything else, a pipe and a listener are no journal."""
-    with socket.socket(socket.AF_UNIX) as other, socket.socket(socket.AF_UNIX) as stream:
-        other.bind(str(tmp_path / "stdout"))
-        other.listen()
-        stream.connect(str(tmp_path / "stdout"))
+def test_the_stream_is_told_from_listeners_and_pipes() -> None:
+    ours, its = socket.socketpair()
+    with ours, its, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("")
+        listener.listen()
         reading, writing = os.pipe()
         try:
-            fds = [other.fileno(), stream.fileno(), writing]
-            assert consoles.split_passed(fds) == (fds, None)
+            fds = [listener.fileno(), its.fileno(), writing]
+            assert consoles.split_passed(fds) == ([listener.fileno(), writing], its.fileno())
         finally:
             os.close(reading)
             os.close(writing)

@@ -18,9 +18,9 @@ RUNTIME_PACKAGES := python3-venv python3-gi python3-pydbus python3-systemd pytho
 TEST_PACKAGES := systemd-container openssh-client e2fsprogs util-linux nftables iproute2 busybox-static cpio
 
 PYTHON_ROOTS := daemon client guest
-CLIENTS := vm-run vm-start vm-stop vm-start-debug vmsilo
-STDLIB_PROGRAMS := vmsilo-relayd:vmsilo_relay.__main__ vmsilo-launch:vmsilo_launch.launch \
-	vmsilo-pci-claim:vmsilod.pci.early
+CLIENTS := vm-run vm-shell vm-start vm-stop vm-start-debug vmsilo
+STDLIB_PROGRAMS := vmsilo-relayd:vmsilo_relay.__main__ vmsilo-consoled:vmsilo_console.__main__ \
+	vmsilo-launch:vmsilo_launch.launch vmsilo-pci-claim:vmsilod.pci.early
 VENV_PROGRAMS := vmsilod:vmsilod.main vmsilo-check:vmsilod.config.check vmsilo-image:vmsilo_image.__main__
 
 help: ## list the targets
@@ -90,12 +90,13 @@ install: ## install below PREFIX (root); README says what to do then
 	install -d $(DESTDIR)$(UNITDIR) $(DESTDIR)/usr/lib/sysusers.d $(DESTDIR)/usr/lib/tmpfiles.d \
 		$(DESTDIR)/usr/share/dbus-1/system.d $(DESTDIR)/usr/share/dbus-1/system-services \
 		$(DESTDIR)/usr/share/polkit-1/actions $(DESTDIR)/etc/vmsilo/vms.d
-	for unit in vmsilod.service vmsilo-relayd.service vmsilo-pci-claim.service; do \
+	for unit in vmsilod.service vmsilo-relayd.service vmsilo-consoled.service vmsilo-pci-claim.service; do \
 		sed -e 's|@libdir@|$(LIBDIR)|g' -e 's|@docdir@|$(DOCDIR)|g' systemd/$$unit.in > $(DESTDIR)$(UNITDIR)/$$unit; done
-	install -m 644 systemd/vmsilod.socket systemd/vmsilo-relayd.socket systemd/vmsilo.slice systemd/vmsilo-vms.target \
-		systemd/vmsilo-daemons.target $(DESTDIR)$(UNITDIR)/
+	install -m 644 systemd/vmsilod.socket systemd/vmsilo-relayd.socket systemd/vmsilo-consoled.socket \
+		systemd/vmsilo.slice systemd/vmsilo-vms.target systemd/vmsilo-daemons.target $(DESTDIR)$(UNITDIR)/
 	if [ "$$(systemctl --version | sed -n '1s/^systemd \([0-9]*\).*/\1/p')" -ge 254 ]; then \
-		install -D -m 644 systemd/vmsilo-relayd-preserve.conf $(DESTDIR)$(UNITDIR)/vmsilo-relayd.service.d/preserve.conf; fi
+		for daemon in relayd consoled; do install -D -m 644 systemd/vmsilo-$$daemon-preserve.conf \
+			$(DESTDIR)$(UNITDIR)/vmsilo-$$daemon.service.d/preserve.conf; done; fi
 	install -d $(DESTDIR)$(UNITDIR)/sysinit.target.wants $(DESTDIR)/usr/share/initramfs-tools/hooks \
 		$(DESTDIR)$(DRACUT_MODULE)
 	ln -sf ../vmsilo-pci-claim.service $(DESTDIR)$(UNITDIR)/sysinit.target.wants/
@@ -108,7 +109,7 @@ install: ## install below PREFIX (root); README says what to do then
 	sed -e 's|@libdir@|$(LIBDIR)|g' systemd/org.vmsilo1.service.in > $(DESTDIR)/usr/share/dbus-1/system-services/org.vmsilo1.service
 	install -m 644 polkit/org.vmsilo1.policy $(DESTDIR)/usr/share/polkit-1/actions/
 	install -D -m 644 client/completion/vmsilo.bash $(DESTDIR)/usr/share/bash-completion/completions/vm-run
-	for name in vm-start vm-stop vm-start-debug vmsilo; do \
+	for name in vm-shell vm-start vm-stop vm-start-debug vmsilo; do \
 		ln -sf vm-run $(DESTDIR)/usr/share/bash-completion/completions/$$name; done
 	cp -r --no-preserve=ownership README.md docs $(DESTDIR)$(DOCDIR)/
 	[ -n "$(DESTDIR)" ] || systemd-sysusers /usr/lib/sysusers.d/vmsilo.conf
@@ -119,16 +120,18 @@ install: ## install below PREFIX (root); README says what to do then
 
 uninstall: ## remove what install put there; configuration and images stay
 	[ ! -d /run/systemd/system ] || { systemctl stop 'vmsilo-*-vm.service' 'vmsilo-*-debug.service'; \
-		systemctl disable --now vmsilod.socket vmsilo-relayd.socket vmsilod.service vmsilo-relayd.service; \
+		systemctl disable --now vmsilod.socket vmsilo-relayd.socket vmsilo-consoled.socket vmsilod.service \
+			vmsilo-relayd.service vmsilo-consoled.service; \
 		systemctl stop 'vmsilo-*.socket' vmsilo-vms.target vmsilo-daemons.target; \
-		rm -rf /run/systemd/system/vmsilo-* /run/vmsilo /run/vmsilo-relay; } || true
+		rm -rf /run/systemd/system/vmsilo-* /run/vmsilo /run/vmsilo-relay /run/vmsilo-console; } || true
 	rm -rf $(DESTDIR)$(LIBDIR) $(DESTDIR)$(DOCDIR)
-	for name in vm-run vm-start vm-stop vm-start-debug vmsilo; do rm -f $(DESTDIR)$(PREFIX)/bin/$$name \
+	for name in vm-run vm-shell vm-start vm-stop vm-start-debug vmsilo; do rm -f $(DESTDIR)$(PREFIX)/bin/$$name \
 		$(DESTDIR)/usr/share/bash-completion/completions/$$name; done
-	for unit in vmsilod.service vmsilo-relayd.service vmsilod.socket vmsilo-relayd.socket vmsilo.slice vmsilo-vms.target \
-		vmsilo-daemons.target; do \
+	for unit in vmsilod.service vmsilo-relayd.service vmsilo-consoled.service vmsilod.socket vmsilo-relayd.socket \
+		vmsilo-consoled.socket vmsilo.slice vmsilo-vms.target vmsilo-daemons.target; do \
 		rm -f $(DESTDIR)$(UNITDIR)/$$unit; done
-	rm -rf $(DESTDIR)$(UNITDIR)/vmsilo-relayd.service.d $(DESTDIR)$(DRACUT_MODULE)
+	rm -rf $(DESTDIR)$(UNITDIR)/vmsilo-relayd.service.d $(DESTDIR)$(UNITDIR)/vmsilo-consoled.service.d \
+		$(DESTDIR)$(DRACUT_MODULE)
 	rm -f $(DESTDIR)$(INITRAMFS_HOOK) $(DESTDIR)$(UNITDIR)/vmsilo-pci-claim.service \
 		$(DESTDIR)$(UNITDIR)/sysinit.target.wants/vmsilo-pci-claim.service
 	rm -f $(DESTDIR)/usr/lib/sysusers.d/vmsilo.conf $(DESTDIR)/usr/lib/tmpfiles.d/vmsilo.conf \

@@ -1,4 +1,4 @@
-# Bash completion of vm-run, vm-start, vm-stop, vm-start-debug and vmsilo. VM names are those with a command socket.
+# Bash completion of vm-run, vm-shell, vm-start, vm-stop, vm-start-debug and vmsilo. VM names are those with a command socket.
 
 _vmsilo_names() {
     local socket name
@@ -32,6 +32,26 @@ _vmsilo_vm_run() {
     fi
 }
 
+_vmsilo_vm_shell() {
+    local at word command=
+    for ((at = 1; at < COMP_CWORD; at++)); do
+        word=${COMP_WORDS[at]}
+        case $word in
+            --escapes) ((at++)) ;;
+            --exec | --ssh) command=yes ;;
+            -*) ;;
+            *) [[ $command ]] && return ;; # the command and its arguments are the guest's
+        esac
+    done
+    if [[ ${COMP_WORDS[COMP_CWORD - 1]} == --escapes ]]; then
+        _vmsilo_words 'colour all'
+    elif [[ ${COMP_WORDS[COMP_CWORD]} == -* ]]; then
+        _vmsilo_words '--read-only --take --no-history --start --log --exec --ssh --root --escapes --help'
+    else
+        _vmsilo_words "$(_vmsilo_names)"
+    fi
+}
+
 _vmsilo_vm() {
     local options=--help
     case ${1##*/} in
@@ -48,16 +68,31 @@ _vmsilo_vm() {
 
 _vmsilo_vmsilo() {
     if ((COMP_CWORD == 1)); then
-        _vmsilo_words 'list status check image pci version help'
+        _vmsilo_words 'list status memory check image pci usb version help'
     elif [[ ${COMP_WORDS[1]} == pci && COMP_CWORD -eq 2 ]]; then
         _vmsilo_words 'list claim release'
     elif [[ ${COMP_WORDS[COMP_CWORD]} == -* ]]; then
         _vmsilo_words '--json'
     elif [[ ${COMP_WORDS[1]} == status ]]; then
         _vmsilo_words "$(_vmsilo_names)"
+    elif [[ ${COMP_WORDS[1]} == usb ]]; then
+        _vmsilo_usb
     fi
 }
 
+_vmsilo_usb() {
+    local devices=/sys/bus/usb/devices
+    local addresses
+    addresses=$(cd "$devices" 2>/dev/null && compgen -G '[0-9]*-*' | grep -v :)
+    case $COMP_CWORD:${COMP_WORDS[2]} in
+        2:*) _vmsilo_words 'list attach detach release' ;;
+        3:attach) _vmsilo_words "$(_vmsilo_names)" ;;
+        3:detach) _vmsilo_words "$(_vmsilo_names) $addresses" ;;
+        4:attach | 4:detach | 3:release) _vmsilo_words "$addresses" ;;
+    esac
+}
+
 complete -o default -F _vmsilo_vm_run vm-run
+complete -o default -F _vmsilo_vm_shell vm-shell
 complete -F _vmsilo_vm vm-start vm-stop vm-start-debug
 complete -F _vmsilo_vmsilo vmsilo

@@ -1,4 +1,4 @@
-"""The commands that a user types: vm-run, vm-start, vm-stop, vm-start-debug and vmsilo.
+"""The commands that a user types: vm-run, vm-shell, vm-start, vm-stop, vm-start-debug and vmsilo.
 
 Owns a terminal and nothing else. Never imports the daemon's code. A process lives as long as one command.
 

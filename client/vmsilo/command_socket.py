@@ -124,7 +124,7 @@ def _receive(sock: "_socket.socket", name: str, progress: Progress) -> int | Non
         return None
     except OSError as exc:
         raise SocketClosedError(f"the command socket closed: {exc.strerror}") from exc
-    fds = _take_fds(ancillary)
+    fds = take_fds(ancillary)
     try:
         if not data:
             raise SocketClosedError(f"the command socket of VM '{name}' closed without an answer")
@@ -145,7 +145,7 @@ def _receive(sock: "_socket.socket", name: str, progress: Progress) -> int | Non
             os.close(fd)
 
 
-def _take_fds(ancillary: "list[tuple[int, int, bytes]]") -> list[int]:
+def take_fds(ancillary: "list[tuple[int, int, bytes]]") -> list[int]:
     fds: list[int] = []
     for level, kind, data in ancillary:
         if level == _socket.SOL_SOCKET and kind == _socket.SCM_RIGHTS:

@@ -10,6 +10,7 @@ from vmsilo.place import Place
 
 NAME_MAX = 31
 SOCKET_SUFFIX = "-command.socket"
+CONSOLE_SUFFIX = "-console"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 LATER = LETTERS + "0123456789-"
 
@@ -30,6 +31,10 @@ def check_name(untrusted_name: str) -> str:
 
 def socket_path(name: str, place: Place) -> str:
     return f"{place.run_dir}/{check_name(name)}{SOCKET_SUFFIX}"
+
+
+def console_path(name: str, place: Place) -> str:
+    return f"{place.run_dir}/{check_name(name)}{CONSOLE_SUFFIX}"
 
 
 def list_names(place: Place) -> list[str]:

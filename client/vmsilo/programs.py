@@ -52,6 +52,8 @@ def _dispatch(program: str, argv: list[str], place: Place) -> int:
         from vmsilo.lifecycle import main_stop as main
     elif program == "vm-start-debug":
         from vmsilo.debug import main
+    elif program == "vm-shell":
+        from vmsilo.shell import main
     elif program == "vmsilo":
         from vmsilo.overview import main
     else:

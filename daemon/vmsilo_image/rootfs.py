@@ -103,6 +103,7 @@ def configure_root(root: Path, release: str, recipe: Recipe, guest: GuestFiles, 
     install_agent(root, guest, log)
     install_units(root, guest)
     install_sshd(root, guest)
+    install_console_login(root, guest, recipe.user)
     trim_root(root, release)
     install_user(root, recipe, log)
     for entry in recipe.files:
@@ -148,6 +149,16 @@ def install_sshd(root: Path, guest: GuestFiles) -> None:
     folder = resolve_inside(root, "/etc/ssh")
     for key in folder.glob("ssh_host_*"):
         key.unlink()
+
+
+def install_console_login(root: Path, guest: GuestFiles, user: str) -> None:
+    """The guest's user, logged in on the serial console, which only the VM's owner reaches on the host."""
+    service = guest.read("vmsilo-console-login.service").replace(b"@user@", user.encode())
+    write_file(root, f"{SYSTEM_UNITS}/vmsilo-console-login.service", service)
+    timer = guest.read("vmsilo-console-login.timer")
+    write_file(root, f"{SYSTEM_UNITS}/vmsilo-console-login.timer", timer)
+    wants = f"{SYSTEM_UNITS}/multi-user.target.wants/vmsilo-console-login.timer"
+    write_link(root, wants, "../vmsilo-console-login.timer")
 
 
 def install_user(root: Path, recipe: Recipe, log: Path) -> None:

@@ -25,7 +25,8 @@ MASKED = (
     # The overlay forgets, and virtio-rng is there from the initrd on.
     *("systemd-random-seed.service", "systemd-update-utmp.service", "systemd-update-utmp-runlevel.service"),
     *("systemd-journal-flush.service", "systemd-pstore.service", "systemd-hibernate-clear.service"),
-    # Nobody logs in on a console: no prompts, and no moment at which logins begin to be allowed.
+    # The only login is vmsilo-console-login.service: no other prompts, and no moment at which logins begin
+    # to be allowed.
     *("getty@tty1.service", "getty.target", "systemd-user-sessions.service"),
     *("systemd-ask-password-console.path", "systemd-ask-password-wall.path"),
     # File systems that programs of a desktop do not use. /dev/mqueue and /dev/shm stay.

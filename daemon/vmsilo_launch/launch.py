@@ -9,6 +9,7 @@ opens nothing but that socket.
 import json
 import os
 import select
+import signal
 import socket
 import sys
 from typing import Any
@@ -19,6 +20,7 @@ MAX_FDS = 64
 MAX_REPLY = 1 << 20
 ATTEMPTS = 5  # a crashed vmsilod is started again by its socket; a start outlives that many crashes
 REPLY_TIMEOUT = 120.0
+LOG_WRITER = "/usr/bin/cat"
 
 
 class LaunchError(Exception):
@@ -50,7 +52,9 @@ def main(argv: list[str]) -> int:
 
 
 def start(name: str) -> None:
-    reply, fds = ask({"op": "prepare", "name": name}, find_command_socket())
+    log = start_log_writer()
+    reply, fds = ask({"op": "prepare", "name": name}, [*find_command_socket(), log.fileno()])
+    log.close()
     stdio = reply.get("stdio")
     place(fds, stdio)
     argv, env = reply["argv"], reply["env"]
@@ -59,6 +63,30 @@ def start(name: str) -> None:
         os.execve(argv[0], argv, env)
     except OSError as error:
         raise LaunchError(f"{argv[0]} cannot be executed: {error.strerror}") from error
+
+
+def start_log_writer() -> socket.socket:
+    """A stream into this unit's journal, for the lines of the guest's console. cat(1) at its other end
+    writes them: the journal names a line after the unit of the process that wrote it.
+
+    It ends when the stream does. SIGTERM, which systemd sends when the VMM is gone, does not end it before
+    the last line is written. It is no child of the VMM and not in its process group: crosvm waits for all
+    its children, and kills its group.
+    """
+    ours, its = socket.socketpair()
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        if os.fork() == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            os.dup2(its.fileno(), 0)
+            os.dup2(sys.stderr.fileno(), 1)
+            os.closerange(3, 256)
+            os.execve(LOG_WRITER, [LOG_WRITER], {"LANG": "C"})
+        os._exit(0)
+    os.waitpid(child, 0)
+    its.close()
+    return ours
 
 
 def stop(name: str) -> None:

@@ -8,64 +8,17 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 
 from vmsilo_relay.context import Context, Limits
 from vmsilo_relay.control import ControlSocket
 from vmsilo_relay.journal import ERROR, INFO, Journal
 from vmsilo_relay.loop import Loop
+from vmsilo_relay.options import find_control, parse_options
 from vmsilo_relay.relay import Relay
 from vmsilo_relay.systemd import Notifier, take_listen_fds
 
 USAGE = "usage: vmsilo-relayd [--control PATH] [--state DIRECTORY] [--admin-uid UID] [--limit KEY=NUMBER]..."
-
-
-class Options:
-    """Only tests and hand-started relays need any: systemd gives socket and directory."""
-
-    def __init__(self, environ: dict[str, str]) -> None:
-        self.control = ""
-        self.state = environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
-        self.admins = {0}
-        self.limits = Limits()
-
-
-def parse_options(arguments: list[str], environ: dict[str, str]) -> Options:
-    """Raises ValueError. Written out because argparse would cost more memory than the VM table."""
-    options = Options(environ)
-    pairs = list(zip(arguments[::2], arguments[1::2], strict=False))
-    if len(arguments) % 2:
-        raise ValueError(f"{arguments[-1]}: value missing or option unknown")
-    for option, value in pairs:
-        if option == "--control":
-            options.control = value
-        elif option == "--state":
-            options.state = value
-        elif option == "--admin-uid":
-            options.admins.add(int(value))
-        elif option == "--limit":
-            options.limits.override(value)
-        else:
-            raise ValueError(f"unknown option {option}")
-    if not options.state:
-        raise ValueError("no state directory: neither RUNTIME_DIRECTORY nor --state")
-    return options
-
-
-def find_control(inherited: list[tuple[str, socket.socket]], path: str) -> socket.socket | None:
-    """Take the control listener out of `inherited`, or bind it at `path`."""
-    found = None
-    for entry in tuple(inherited):
-        if entry[0] == "control":
-            inherited.remove(entry)
-            found = entry[1]
-    if found is None and path:
-        found = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        found.bind(path)
-        os.chmod(path, 0o600)  # noqa: PTH101 pathlib would cost 2 MB for this one call
-        found.listen(64)
-    return found
 
 
 def main(argv: list[str]) -> int:
@@ -74,7 +27,7 @@ def main(argv: list[str]) -> int:
     environ = os.environ.copy()
     journal = Journal()
     try:
-        options = parse_options(argv, environ)
+        options = parse_options(argv, environ, Limits())
     except ValueError as error:
         journal.log(ERROR, "relayd", f"{error}; {USAGE}")
         return 2

@@ -31,7 +31,7 @@ class Limits:
     def override(self, assignment: str) -> None:
         """Apply one KEY=NUMBER; raises ValueError."""
         key, _, value = assignment.partition("=")
-        default = getattr(Limits, key, None)
+        default = getattr(type(self), key, None)
         if not isinstance(default, int | float):
             raise ValueError(f"no limit {key!r}")
         setattr(self, key, type(default)(value))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import binascii
 import socket
-import struct
 from collections import deque
 
 from vmsilo_wire import ROLES
@@ -27,6 +26,7 @@ from vmsilo_relay.packet import (
     parse_object,
     part,
     read_peer_uid,
+    receive_packet,
     send_packet,
     take_int,
     take_str,
@@ -99,23 +99,18 @@ class Controller:
 
     def _receive(self) -> bool:
         """Serve one packet; False when there is none."""
-        space = socket.CMSG_SPACE(FDS_MAX * 4)
         try:
-            packet, ancillary, flags, _ = self._sock.recvmsg(PACKET_MAX, space, socket.MSG_CMSG_CLOEXEC)
+            packet, fds, truncated = receive_packet(self._sock, PACKET_MAX, FDS_MAX)
         except BlockingIOError:
             return False
         except OSError:
             self._close()
             return False
-        fds: list[int] = []
-        for level, kind, data in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                fds.extend(struct.unpack(f"{len(data) // 4}i", data[: len(data) // 4 * 4]))
         try:
             if not packet:
                 self._close()
                 return False
-            self._serve(packet, fds, truncated=bool(flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)))
+            self._serve(packet, fds, truncated=truncated)
         finally:
             close_fds(fds)  # an order that takes one removes it from the list
         return True

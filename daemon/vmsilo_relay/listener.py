@@ -1,17 +1,19 @@
 """One listening socket on the loop: accepts a bounded number at a time and rests when descriptors run out.
 
-Owned by a Vm, the Relay or `main`; what to do with a connection is the owner's. `close` ends it.
+Owned by whoever listens in relayd or consoled; what to do with a connection is the owner's. `close` ends it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import socket
+
 from vmsilo_relay.journal import ERROR
 from vmsilo_relay.loop import READ
-from vmsilo_relay.packet import accept
+from vmsilo_relay.packet import Refusal, accept
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable
 
     from vmsilo_relay.context import Context
@@ -60,3 +62,12 @@ class Listener:
         loop = self._context.loop
         loop.forget(self._sock.fileno())
         self._pause = loop.after(self._context.limits.pause_seconds, self._resume, self._fail)
+
+
+def check_listener(sock: socket.socket, family: int, kind: int) -> None:
+    """Raises Refusal unless `sock` is a listening socket of this family and type."""
+    listening = 0
+    with contextlib.suppress(OSError):
+        listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    if sock.family != family or sock.type != kind or not listening:
+        raise Refusal("bad-request", f"descriptor {sock.fileno()} is not a listener of the right kind")

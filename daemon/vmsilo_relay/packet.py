@@ -1,4 +1,5 @@
-"""Packets between relayd and its Unix clients: reading and refusing untrusted JSON, answering, parting.
+"""Packets of relayd, consoled and their Unix clients: reading and refusing untrusted JSON, answering,
+parting.
 
 Pure functions and functions on one socket, used by the command and the control side. Nothing here blocks
 and nothing here knows a VM.
@@ -36,8 +37,13 @@ class Refusal(Exception):
 
 
 def read_peer_uid(sock: socket.socket) -> int:
-    _pid, uid, _gid = UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
-    return int(uid)
+    return read_peer(sock)[1]
+
+
+def read_peer(sock: socket.socket) -> tuple[int, int]:
+    """The pid and the uid of the peer when it connected."""
+    pid, uid, _gid = UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
+    return int(pid), int(uid)
 
 
 def encode_packet(obj: object) -> bytes:
@@ -82,6 +88,20 @@ def take_int(request: dict[str, object], key: str, low: int, high: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise Refusal("bad-request", f"{key} must be an integer from {low} to {high}")
     return value
+
+
+def receive_packet(sock: socket.socket, size: int, fds_max: int) -> tuple[bytes, list[int], bool]:
+    """One packet, its descriptors (the caller's from now on) and whether it was cut short.
+
+    Raises OSError; BlockingIOError where none waits. b"" is the end.
+    """
+    space = socket.CMSG_SPACE(fds_max * 4)
+    packet, ancillary, flags, _ = sock.recvmsg(size, space, socket.MSG_CMSG_CLOEXEC)
+    fds: list[int] = []
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.extend(struct.unpack(f"{len(data) // 4}i", data[: len(data) // 4 * 4]))
+    return packet, fds, bool(flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC))
 
 
 def send_packet(sock: socket.socket, packet: bytes, fd: int | None = None) -> bool:

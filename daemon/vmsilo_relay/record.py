@@ -15,7 +15,14 @@ from vmsilo_relay.packet import Refusal, check_keys, parse_object, take_int, tak
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from typing import Protocol, TypeVar
+
+    class Named(Protocol):
+        @property
+        def name(self) -> str: ...
+
+    Kept = TypeVar("Kept", bound=Named)
 
 NAME = re.compile(r"[a-z][a-z0-9-]{0,30}", re.ASCII)
 SECRET = re.compile(r"[0-9a-f]{64}", re.ASCII)
@@ -140,11 +147,15 @@ def parse_state(data: bytes) -> Record:
 
 
 def save_record(directory: str, record: Record) -> None:
-    """Write the state file atomically, readable by relayd alone. Raises OSError."""
-    path = f"{directory}/{record.name}.json"
+    save_state(directory, record.name, record.to_json())
+
+
+def save_state(directory: str, name: str, state: dict[str, object]) -> None:
+    """Write the state file of VM `name` atomically, readable by its writer alone. Raises OSError."""
+    path = f"{directory}/{name}.json"
     temporary = f"{path}.new"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    data = json.dumps(record.to_json()).encode()
+    data = json.dumps(state).encode()
     try:
         if os.write(fd, data) != len(data):
             raise OSError(errno.ENOSPC, "state file cut short", temporary)
@@ -172,7 +183,12 @@ def read_state(path: str) -> bytes:
 
 
 def load_records(directory: str) -> Iterator[tuple[str, Record | Refusal]]:
-    """Each state file's VM name with its Record or what is wrong with it; deletes half-written ones."""
+    """Each state file's VM name with its Record or what is wrong with it."""
+    return load_states(directory, parse_state)
+
+
+def load_states(directory: str, parse: Callable[[bytes], Kept]) -> Iterator[tuple[str, Kept | Refusal]]:
+    """Each state file's VM name with what `parse` makes of it; deletes half-written files."""
     for entry in sorted(os.listdir(directory)):  # noqa: PTH208 as above
         name, suffix = entry.partition(".")[::2]
         if suffix == "json.new":
@@ -180,7 +196,7 @@ def load_records(directory: str) -> Iterator[tuple[str, Record | Refusal]]:
         if suffix != "json" or not NAME.fullmatch(name):
             continue
         try:
-            record = parse_state(read_state(f"{directory}/{entry}"))
+            record = parse(read_state(f"{directory}/{entry}"))
             if record.name != name:
                 raise Refusal("bad-request", "the file is named for another VM")
         except Refusal as refusal:

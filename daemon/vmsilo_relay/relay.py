@@ -7,7 +7,6 @@ listener: first the state file is written and the descriptors are stored, then v
 
 from __future__ import annotations
 
-import contextlib
 import socket
 
 from vmsilo_wire import HOST_PORT
@@ -15,7 +14,7 @@ from vmsilo_wire import HOST_PORT
 from vmsilo_relay.command import admit_client
 from vmsilo_relay.hostport import OpenMessages, Speaker
 from vmsilo_relay.journal import ERROR, INFO, WARNING
-from vmsilo_relay.listener import Listener
+from vmsilo_relay.listener import Listener, check_listener
 from vmsilo_relay.packet import Refusal
 from vmsilo_relay.record import (
     KernelChannel,
@@ -70,7 +69,7 @@ class Relay:
         vm.record = record
         for kind, prefix in STORE_PREFIXES.items():
             if kind in listeners:
-                self._notifier.store(prefix + record.name, listeners[kind])
+                self._notifier.store(prefix + record.name, listeners[kind].fileno())
             else:
                 self._notifier.drop(prefix + record.name)
         self._listen(vm, listeners)
@@ -94,7 +93,7 @@ class Relay:
             raise Refusal("bad-request", f"the vsock listener is on port {address[1]}, not {HOST_PORT}")
         if self.vsock is not None:
             self.vsock.close()
-        self._notifier.store(VSOCK_STORE_NAME, sock)
+        self._notifier.store(VSOCK_STORE_NAME, sock.fileno())
         self.vsock = Listener(self._context, "relayd", sock, self.hear_vsock)
 
     def restore(self, inherited: list[tuple[str, socket.socket]]) -> None:
@@ -203,12 +202,3 @@ class Relay:
 
 STORE_PREFIXES = {"command": "cmd-", "host-port": "port-"}
 LISTENER_TYPES = {"command": socket.SOCK_SEQPACKET, "host-port": socket.SOCK_STREAM}
-
-
-def check_listener(sock: socket.socket, family: int, kind: int) -> None:
-    """Raises Refusal unless `sock` is a listening socket of this family and type."""
-    listening = 0
-    with contextlib.suppress(OSError):
-        listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-    if sock.family != family or sock.type != kind or not listening:
-        raise Refusal("bad-request", f"descriptor {sock.fileno()} is not a listener of the right kind")

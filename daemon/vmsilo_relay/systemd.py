@@ -1,7 +1,8 @@
-"""systemd's side of relayd: inherited descriptors, the descriptor store, readiness and the watchdog.
+"""systemd's side of relayd and consoled: inherited descriptors, the descriptor store, readiness, watchdog.
 
 Written by hand because the systemd binding would cost more memory than the rest of the program. Called by
-`main` and `Relay`. Never blocks: notifications that the manager can't take at once are kept in order.
+`main` and by the tables of VMs. Never blocks: notifications that the manager can't take at once are kept in
+order.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 LISTEN_FDS_START = 3  # SD_LISTEN_FDS_START, sd_listen_fds(3)
 
 
-def take_listen_fds(environ: dict[str, str]) -> list[tuple[str, socket.socket]]:
+def take_descriptors(environ: dict[str, str]) -> list[tuple[str, int]]:
     """Take the inherited descriptors with their names, and remove the variables that announce them."""
     pid, count = environ.pop("LISTEN_PID", ""), environ.pop("LISTEN_FDS", "")
     names = environ.pop("LISTEN_FDNAMES", "").split(":")
@@ -32,20 +33,29 @@ def take_listen_fds(environ: dict[str, str]) -> list[tuple[str, socket.socket]]:
     for index in range(int(count)):
         fd = LISTEN_FDS_START + index
         os.set_inheritable(fd, False)  # noqa: FBT003 positional-only
+        taken.append((names[index] if index < len(names) else "", fd))
+    return taken
+
+
+def take_listen_fds(environ: dict[str, str]) -> list[tuple[str, socket.socket]]:
+    """Take the inherited sockets with their names; what is no socket is closed."""
+    taken = []
+    for name, fd in take_descriptors(environ):
         try:
-            sock = socket.socket(fileno=fd)
+            taken.append((name, socket.socket(fileno=fd)))
         except OSError:
             os.close(fd)  # not a socket, so nothing that relayd ever stored
-            continue
-        taken.append((names[index] if index < len(names) else "", sock))
     return taken
 
 
 class Notifier:
     """The notification socket; a Notifier without address (tests by hand) swallows everything."""
 
-    def __init__(self, loop: Loop, journal: Journal, environ: dict[str, str]) -> None:
+    def __init__(
+        self, loop: Loop, journal: Journal, environ: dict[str, str], subject: str = "relayd"
+    ) -> None:
         self._loop = loop
+        self._subject = subject
         self._journal = journal
         self._queue: deque[tuple[bytes, int | None]] = deque()
         self._sock: socket.socket | None = None
@@ -61,14 +71,14 @@ class Notifier:
             self._interval = int(usec) / 2e6
             self._beat()
 
-    def ready(self) -> None:
-        self._send(b"READY=1\nSTATUS=Relaying")
+    def ready(self, status: str = "Relaying") -> None:
+        self._send(b"READY=1\nSTATUS=" + status.encode())
 
-    def store(self, name: str, listener: socket.socket) -> None:
-        """Put `listener` into the descriptor store under `name`, replacing what is there."""
+    def store(self, name: str, fd: int) -> None:
+        """Put `fd` into the descriptor store under `name`, replacing what is there."""
         self.drop(name)
-        # FDPOLL=0: the manager is not to judge from poll events whether a listener is still of use.
-        self._send(b"FDSTORE=1\nFDPOLL=0\nFDNAME=" + name.encode(), listener.fileno())
+        # FDPOLL=0: the manager is not to judge from poll events whether a descriptor is still of use.
+        self._send(b"FDSTORE=1\nFDPOLL=0\nFDNAME=" + name.encode(), fd)
 
     def drop(self, name: str) -> None:
         self._send(b"FDSTOREREMOVE=1\nFDNAME=" + name.encode())
@@ -88,7 +98,7 @@ class Notifier:
         try:
             return send_packet(sock, message, fd)
         except OSError as error:
-            self._journal.log(ERROR, "relayd", f"systemd did not take {message!r}: {error}")
+            self._journal.log(ERROR, self._subject, f"systemd did not take {message!r}: {error}")
             return True
 
     def _flush(self, _events: int) -> None:
@@ -103,4 +113,4 @@ class Notifier:
         self._loop.forget(self._sock.fileno())
 
     def _fail(self, error: Exception) -> None:
-        self._journal.log(ERROR, "relayd", f"notifying systemd failed: {error!r}")
+        self._journal.log(ERROR, self._subject, f"notifying systemd failed: {error!r}")

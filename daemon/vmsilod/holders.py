@@ -1,4 +1,5 @@
-"""Who holds what a run has beside its own leases, or what outlives it: devices, the story of its ends.
+"""Who holds what a run has beside its own leases, or what outlives it: its console, devices, the story of
+its ends.
 
 Built once by main, handed to runs.py and lifecycle.py. A list of parts; it does nothing itself.
 """
@@ -9,11 +10,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vmsilod.consoles import Consoles
     from vmsilod.endings import Endings
     from vmsilod.pci.claims import PciClaims
+    from vmsilod.usb.attachments import UsbAttachments
 
 
 @dataclass(frozen=True)
 class Holders:
+    consoles: Consoles
     endings: Endings
     pci: PciClaims
+    usb: UsbAttachments

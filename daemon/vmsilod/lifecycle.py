@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from vmsilod import loop, ssh_login
 from vmsilod.bus.views import Reloaded, VmRemoved, printable
 from vmsilod.errors import Busy, ConfigBroken, Failed, NotRunning, StartFailed, Timeout, VmsiloError
+from vmsilod.memory import read_memory, resize_memory
 from vmsilod.spawning import send_frame, spawn_frame
 from vmsilod.systemd import INACTIVE
 from vmsilod.vm_view import view_of
@@ -50,6 +51,7 @@ class Lifecycle:
         runs: Runs,
         publication: Publication,
     ) -> None:
+        self.usb = holders.usb
         self._registry = registry
         self._endings = holders.endings
         self._pci = holders.pci
@@ -138,6 +140,12 @@ class Lifecycle:
             os.close(fd)
             raise
         return fd
+
+    async def read_memory(self, name: str) -> dict[str, int]:
+        return await read_memory(self._registry.require(name))
+
+    async def resize_memory(self, name: str, size: int) -> dict[str, int]:
+        return await resize_memory(self._registry.require(name), size)
 
     async def open_ssh(self, request: SshRequest) -> tuple[int, int, str, str]:
         """What a login by ssh needs: connection and private key (descriptors), the login, the host key."""

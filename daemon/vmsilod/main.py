@@ -21,6 +21,7 @@ from vmsilod import loop
 from vmsilod.bus import service
 from vmsilod.bus.polkit import Polkit
 from vmsilod.config.load import DEFAULT_ROOTS
+from vmsilod.consoles import Consoles
 from vmsilod.control import ControlServer
 from vmsilod.endings import Endings
 from vmsilod.errors import VmsiloError
@@ -32,6 +33,8 @@ from vmsilod.registry import Registry
 from vmsilod.relay_client import RelayClient
 from vmsilod.runs import Runs
 from vmsilod.systemd import Systemd
+from vmsilod.usb.attachments import UsbAttachments
+from vmsilod.usb.watch import UsbWatch
 from vmsilod.watch import ConfigurationWatch
 
 if TYPE_CHECKING:
@@ -52,13 +55,15 @@ class Daemon:
         self._con = service.connect()
         self._registry = Registry()
         self._systemd = Systemd(self._con, lambda unit: self._lifecycle.unit_changed(unit))
+        self._consoles = Consoles(self._registry)
         self._endings = Endings(self._registry, self._systemd, lambda vm: self._lifecycle.changed(vm))
         self._pci = PciClaims(self._systemd.start)
+        self._usb = UsbAttachments(self._registry)
         self._publication = Publication(self._registry, self._systemd, self._pci)
-        holders = Holders(self._endings, self._pci)
+        holders = Holders(self._consoles, self._endings, self._pci, self._usb)
         self._runs = Runs(self._registry, self._systemd, holders, lambda vm: self._lifecycle.changed(vm))
         self._lifecycle = Lifecycle(self._registry, self._systemd, holders, self._runs, self._publication)
-        self._publication.on_applied = self._lifecycle.configuration_applied
+        self._publication.on_applied = self._take_over
         self._control_socket = control
 
     async def start(self) -> None:
@@ -69,9 +74,11 @@ class Daemon:
         await self._lifecycle.refresh_all()
         await self._publication.reload()
         await self._lifecycle.refresh_all()
+        await self._usb.load()
         self._relay = RelayClient(self._lifecycle.relay_event, lambda: _start(self._runs.agree_with_relay()))
         self._runs.use_relay(self._relay)
         self._relay.open()
+        self._consoles.connect()
         self._control = ControlServer(self._control_socket, self._runs)
         self._service = service.serve(
             self._con, self._lifecycle, Polkit(self._con), version=VERSION, on_closed=self._lost_bus
@@ -79,7 +86,15 @@ class Daemon:
         self._watch = ConfigurationWatch(DEFAULT_ROOTS, lambda: _start(self._publication.reload()))
         await self._endings.resume()
         notify("READY=1")
+        _start(self._usb.repair())  # it asks the VMMs, and one that hangs must not keep the others waiting
+        self._lifecycle.subscribe(self._usb.vm_changed)
+        self._usb_watch = UsbWatch(self._usb.refresh)
         await self._publication.start_autostart_vms()
+
+    def _take_over(self, problems: int) -> None:
+        """A configuration was read and its units written."""
+        self._lifecycle.configuration_applied(problems)
+        self._consoles.agree_soon()
 
     def run(self) -> int:
         GLib.unix_signal_add(GLib.PRIORITY_HIGH, signal.SIGTERM, self._main_loop.quit)

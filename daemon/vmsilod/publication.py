@@ -24,6 +24,7 @@ from vmsilod.resources.vsock import HYBRID_CID
 from vmsilod.units import files as unit_files
 from vmsilod.units.render import RenderedUnits, UnitContext, UnitPaths, command_socket, render_units
 from vmsilod.vmm.choose import VmmKind, choose_vmm
+from vmsilod.vmm.drivers import DRIVERS
 from vmsilod.vmm.errors import KvmNeeded, MissingVmm
 from vmsilod.waiting import Lock
 
@@ -180,15 +181,15 @@ def context_for(config: VmConfig, host: Host) -> UnitContext:
     try:
         kind = choose_vmm(config.vmm, kvm=host.kvm.usable).kind
     except (MissingVmm, KvmNeeded):
-        kind = VmmKind.CROSVM if config.vmm == "crosvm" else VmmKind.QEMU
+        kind = VmmKind.QEMU if config.vmm == "auto" else VmmKind(config.vmm)
     paths = UnitPaths(libdir=str(LIBDIR))
     if host.hybrid_device:
         paths = dataclasses.replace(paths, vhost_device_vsock=host.hybrid_device)
     return UnitContext(
         owner=config.user,
-        vmm="crosvm" if kind is VmmKind.CROSVM else "qemu",
+        vmm=kind.value,
         groups=host.groups,
-        hybrid_cid=HYBRID_CID if host.hybrid else None,
+        hybrid_cid=HYBRID_CID if host.hybrid and not DRIVERS[kind].builtin_vsock else None,
         paths=paths,
     )
 

@@ -45,7 +45,7 @@ class Vm:
     cid_fd: int | None = (
         None  # vhost-vsock descriptor that reserves the CID until the relay has forgotten it
     )
-    vmm: Literal["crosvm", "qemu"] | None = None  # what its unit was written for
+    vmm: Literal["crosvm", "qemu", "cloud-hypervisor"] | None = None  # what its unit was written for
     killing: bool = False
     stop_deadline: float | None = None
     lock: Lock = field(default_factory=Lock)

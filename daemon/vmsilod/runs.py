@@ -15,15 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 from vmsilod import loop, preparation
 from vmsilod.bus.views import printable
+from vmsilod.consoles import console_of, split_passed
 from vmsilod.control import Peer, Prepared
 from vmsilod.errors import BadRequest, ConfigBroken, StartFailed, VmsiloError
-from vmsilod.host import LIBDIR, find_uid, probe_host
+from vmsilod.host import find_uid, probe_host
 from vmsilod.resources import record as records
 from vmsilod.resources import rundir, vsock
 from vmsilod.resources.image import BootChoice
 from vmsilod.resources.record import Record
+from vmsilod.resources.vhost_user import Account, find_groups
+from vmsilod.shapes import leases_of, shape_of
 from vmsilod.units.render import vsock_unit
-from vmsilod.vmm import drivers, launch
+from vmsilod.vmm import drivers
 from vmsilod.vmm.choose import TCG_WARNING, VmmKind, choose_vmm
 from vmsilod.vmm.crosvm import find_disk_format
 from vmsilod.vmm.errors import MonitorError
@@ -40,7 +43,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DISK_HEAD = 64  # bytes; the longest magic that crosvm knows is shorter
-EMPTY_DIR = LIBDIR / "empty"  # crosvm's pivot root: Debian has no /var/empty
 
 
 class Runs:
@@ -51,6 +53,7 @@ class Runs:
     ) -> None:
         self._registry = registry
         self._systemd = systemd
+        self._consoles = holders.consoles
         self._endings = holders.endings
         self._pci = holders.pci
         self._on_change = on_change
@@ -107,10 +110,12 @@ class Runs:
     ) -> Prepared:
         vm.killing, vm.stop_deadline = False, None
         host = await loop.in_worker(probe_host)
-        host.require_vsock()
         # The VMM that the unit was written for: crosvm could not live in the sandbox of QEMU's.
         choice = choose_vmm(vm.vmm or config.vmm, kvm=host.kvm.usable)
         driver = drivers.DRIVERS[choice.kind]
+        if not driver.builtin_vsock:
+            host.require_vsock()
+        hybrid = host.hybrid and not driver.builtin_vsock
         vm.record = Record(
             name=vm.name,
             unit=peer.unit,
@@ -118,7 +123,7 @@ class Runs:
             vmm=choice.kind.value,
             uid=peer.uid,
             cid=0,
-            hybrid=host.hybrid,
+            hybrid=hybrid,
             config=config.to_json(),
         )
         await loop.in_worker(records.save_record, vm.record)
@@ -127,7 +132,7 @@ class Runs:
             uid=peer.uid,
             gid=peer.gid,
             relay_gid=host.relay_gid,
-            hybrid=host.hybrid,
+            hybrid=hybrid,
             boot=BootChoice(
                 config.image,
                 config.kernel,
@@ -136,22 +141,31 @@ class Runs:
             ),
             root_readonly=config.root_disk_readonly,
             monitor_kind=driver.monitor_type,
+            builtin_vsock=driver.builtin_vsock,
+            opens_as=Account(peer.uid, find_groups(peer.pid, peer.gid)) if driver.opens_by_path else None,
+            vhost_user=tuple(device.socket for device in config.vhost_user),
             ssh=config.ssh,
         )
         await self._pci.start(vm.name, peer.uid, [device.path for device in config.pci_devices])
         acquired = await loop.in_worker(preparation.acquire, request)
-        terminals = self.debug_terminals.pop(vm.name, []) if vm.debug else []
+        terminals: list[int] = []
         try:
+            listeners, journal = split_passed(fds)
+            if vm.debug:
+                terminals = self.debug_terminals.pop(vm.name, [])
+            else:
+                terminals = await self._consoles.open(vm.name, invocation, journal)
             if acquired.device_fd is not None:
                 vm.cid_fd = os.dup(acquired.device_fd)
-            await self._connect_channel(vm, acquired, peer.unit)
-            await self._register(vm, peer, acquired, fds)
+            if not driver.builtin_vsock:
+                await self._connect_channel(vm, acquired, peer.unit)
+            await self._register(vm, peer, acquired, listeners)
             if choice.kind is VmmKind.CROSVM and not config.root_disk_readonly:
                 await loop.in_worker(refuse_foreign_format, acquired.root_fd)
             planned = driver.plan_launch(
                 shape_of(config),
-                leases_of(config, peer, acquired, kvm=host.kvm.usable),
-                console=launch.Console.STDIO if terminals else launch.Console.NONE,
+                leases_of(config, peer, acquired, choice.kind, host),
+                console=console_of(vm, terminals),
                 binary=choice.binary,
             )
             if choice.kind is VmmKind.QEMU and not host.kvm.usable:
@@ -271,6 +285,7 @@ class Runs:
         record = vm.record
         if record is not None and not again:
             await self._forget_in_relay(vm.name, record.invocation)
+            await self._consoles.close(vm.name, record.invocation)
         # Only now may anybody take the CID: while the relay knew it, its new owner would have passed for the
         # VM.
         cid_fd, vm.cid_fd = vm.cid_fd, None
@@ -346,11 +361,8 @@ class Runs:
                 log.error(
                     "VM %s: the relay was stopped and does not know it any more; restart the VM", vm.name
                 )
-                vm.agent, vm.ready, vm.status = (
-                    False,
-                    False,
-                    "unreachable: the relay was stopped; restart the VM",
-                )
+                vm.agent = vm.ready = False
+                vm.status = "unreachable: the relay was stopped; restart the VM"
                 self._on_change(vm)
 
 
@@ -362,39 +374,3 @@ def refuse_foreign_format(fd: int) -> None:
             f"the writable root disk begins like a {found} image: crosvm would open what it names",
             'its guest may be hostile; look at the disk, or run it with vmm = "qemu"',
         )
-
-
-def shape_of(config: VmConfig) -> launch.VmShape:
-    return launch.VmShape(
-        name=config.name,
-        memory_mib=config.memory,
-        cpus=config.cpus,
-        kernel_params=tuple(config.kernel_params),
-        needs_pci=bool(config.pci_devices),
-        pci=tuple(launch.PciFunction(device.path, device.iommu) for device in config.pci_devices),
-        crosvm=launch.CrosvmShape(
-            config.crosvm.log_level, tuple(config.crosvm.extra_args), tuple(config.crosvm.extra_run_args)
-        ),
-        qemu=launch.QemuShape(tuple(config.qemu.extra_args), config.qemu.accel, config.qemu.machine),
-    )
-
-
-def leases_of(config: VmConfig, peer: Peer, acquired: preparation.Acquired, *, kvm: bool) -> launch.Leases:
-    channel: launch.KernelVsock | launch.HybridVsock
-    if acquired.device_fd is not None:
-        channel = launch.KernelVsock(acquired.cid, acquired.device_fd)
-    else:
-        channel = launch.HybridVsock(acquired.cid, str(acquired.rundir / "vsock" / "vhost"))
-    return launch.Leases(
-        name=config.name,
-        uid=peer.uid,
-        gid=peer.gid,
-        owner=find_uid(config.user),
-        vsock=channel,
-        monitor_fd=acquired.monitor_fd,
-        kernel_fd=acquired.kernel_fd,
-        initrd_fd=acquired.initrd_fd,
-        kvm=kvm,
-        empty_dir=str(EMPTY_DIR),
-        root=launch.Disk(acquired.root_fd, config.root_disk_readonly),
-    )

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import ParamSpec, Protocol
 
 from vmsilo_wire import (
+    CONSOLE_SIZE,
     DATA_MAX,
     HEADER_SIZE,
     PING,
@@ -31,6 +32,7 @@ from vmsilo_wire.payload import Spawn, encode_error, encode_exit, encode_started
 
 from vmsilo_agent.account import Account, find_account
 from vmsilo_agent.cgroup import CgroupTree
+from vmsilo_agent.console import answer_size
 from vmsilo_agent.intake import Intake
 from vmsilo_agent.loop import GONE, READ, WRITE, Loop, Timer, log
 from vmsilo_agent.process import Process, Watcher, start_process
@@ -57,6 +59,7 @@ class Host(Protocol):
     user: str
     tree: CgroupTree | None
     nofile: tuple[int, int]
+    console: str
 
     def power_off(self) -> None: ...
     def connection_authenticated(self, connection: "Connection") -> None: ...
@@ -218,6 +221,8 @@ class Connection:
             self._spawn(parse_spawn(payload))
         elif self._state == "ready" and kind == POWEROFF:
             self._power_off()
+        elif self._state == "ready" and kind == CONSOLE_SIZE and self._role != "control":
+            self._send(answer_size(payload, self._host.console))
         elif self._state == "running" and kind == RESIZE and self._pty is not None:
             resize(self._pty, *parse_resize(payload))
         elif self._state == "running" and kind == SIGNAL and self._process is not None:

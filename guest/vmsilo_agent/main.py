@@ -22,6 +22,7 @@ from vmsilo_agent.server import Server, Settings
 SETTINGS_FILE = "/etc/vmsilo/agent.json"
 USAGE = """usage: vmsilo-agent [--listen vsock:PORT|unix:PATH] [--announce vsock:CID:PORT|unix:PATH|none]
                     [--secret-file FILE] [--user NAME] [--systemctl COMMAND] [--poweroff-command "WORD ..."]
+                    [--console DEVICE]
 """
 
 
@@ -35,6 +36,7 @@ class Options:
         self.user = ""
         self.systemctl = "systemctl"
         self.poweroff_command = "systemctl poweroff --no-block"
+        self.console = ""  # the kernel's
 
 
 def parse_options(words: list[str]) -> Options:
@@ -65,6 +67,7 @@ def main(words: list[str]) -> None:
         user=options.user,
         poweroff=tuple(options.poweroff_command.split()),
         nofile=_raise_descriptor_limit(),
+        console=options.console,
     )
     Server(loop, settings, tree, listener)
     notify_systemd("READY=1")

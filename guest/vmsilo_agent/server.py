@@ -25,15 +25,22 @@ _ACCEPT_PAUSE = 0.5  # seconds, when the system has no descriptors left
 class Settings:
     """What the connections of an agent share; never changed after construction."""
 
-    __slots__ = ("nofile", "poweroff", "secret", "user")
+    __slots__ = ("console", "nofile", "poweroff", "secret", "user")
 
     def __init__(
-        self, *, secret: str, user: str, poweroff: tuple[str, ...], nofile: tuple[int, int]
+        self,
+        *,
+        secret: str,
+        user: str,
+        poweroff: tuple[str, ...],
+        nofile: tuple[int, int],
+        console: str = "",
     ) -> None:
         self.secret = secret
         self.user = user
         self.poweroff = poweroff
         self.nofile = nofile
+        self.console = console
 
 
 class Server:
@@ -44,6 +51,7 @@ class Server:
         self.secret = settings.secret
         self.user = settings.user
         self.nofile = settings.nofile
+        self.console = settings.console
         self.tree = tree
         self._poweroff = settings.poweroff
         self._listener = listener

@@ -16,6 +16,7 @@ CONTROL_MAX = 1024 * 1024  # SPAWN only: argv and environment
 JSON_MAX = 64 * 1024
 PING_MAX = 64
 STDIN_WINDOW = 1024 * 1024
+CONSOLE_SIDE_MAX = 1000  # rows or columns
 
 HELLO = 1
 SPAWN = 2
@@ -24,6 +25,7 @@ RESIZE = 4
 SIGNAL = 5
 POWEROFF = 6
 PING = 7
+CONSOLE_SIZE = 8
 STARTED = 16
 STDOUT = 17
 STDERR = 18
@@ -41,6 +43,7 @@ TO_AGENT = {
     SIGNAL: (1, 1),
     POWEROFF: (0, 0),
     PING: (0, PING_MAX),
+    CONSOLE_SIZE: (4, 4),
 }
 TO_CLIENT = {
     STARTED: (2, JSON_MAX),
@@ -86,6 +89,12 @@ def encode_resize(rows: int, cols: int) -> bytes:
     return encode_frame(RESIZE, _RESIZE.pack(max(0, min(rows, 0xFFFF)), max(0, min(cols, 0xFFFF))))
 
 
+def encode_console_size(rows: int, cols: int) -> bytes:
+    """Both clamped to what the agent takes."""
+    clamped = (max(1, min(side, CONSOLE_SIDE_MAX)) for side in (rows, cols))
+    return encode_frame(CONSOLE_SIZE, _RESIZE.pack(*clamped))
+
+
 def encode_signal(number: int) -> bytes:
     if number not in SIGNALS:
         raise ValueError(f"signal {number} cannot be forwarded")
@@ -102,6 +111,14 @@ def parse_resize(untrusted_payload: bytes) -> tuple[int, int]:
         rows, cols = _RESIZE.unpack(untrusted_payload)
     except struct.error as exc:
         raise ProtocolError("bad RESIZE") from exc
+    return rows, cols
+
+
+def parse_console_size(untrusted_payload: bytes) -> tuple[int, int]:
+    """(rows, cols), both from 1 to CONSOLE_SIDE_MAX"""
+    rows, cols = parse_resize(untrusted_payload)
+    if not (1 <= rows <= CONSOLE_SIDE_MAX and 1 <= cols <= CONSOLE_SIDE_MAX):
+        raise ProtocolError("no size for a console")
     return rows, cols
 
 

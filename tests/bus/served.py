@@ -18,8 +18,8 @@ from gi.repository import GLib
 from vmsilod import loop
 from vmsilod.bus.polkit import Limits, Polkit
 from vmsilod.bus.service import connect, serve
-from vmsilod.bus.views import Change, Reloaded, VmRemoved, VmView
-from vmsilod.errors import Busy, ConfigBroken, NoSuchVm, NotRunning, StartFailed, Timeout
+from vmsilod.bus.views import Change, Reloaded, UsbView, VmRemoved, VmView
+from vmsilod.errors import BadRequest, Busy, ConfigBroken, NoSuchVm, NotRunning, StartFailed, Timeout
 from vmsilod.pci.address import parse_address
 from vmsilod.pci.ledger import PciView
 
@@ -40,8 +40,34 @@ FAILURES: dict[str, tuple[type[BaseException], *tuple[Any, ...]]] = {
 ORDINARY = ("banking", "my-work", "zz")
 
 
+class UsbInMemory:
+    """One stick, and the VM that has it."""
+
+    def __init__(self, vms: VmsInMemory) -> None:
+        self.vms = vms
+        self.holder = ""
+
+    async def list_devices(self) -> Sequence[UsbView]:
+        return [UsbView("1-2", "0951", "1666", title="a\x1b[31m\udc80b", kinds=("storage",), vm=self.holder)]
+
+    async def attach(self, name: str, untrusted_address: str) -> None:
+        self.vms.find(name)
+        if untrusted_address != "1-2":
+            raise BadRequest("no such device")
+        self.holder = name
+
+    async def detach(self, name: str, untrusted_address: str) -> None:
+        self.vms.find(name)
+        self.holder = ""
+
+    async def release(self, untrusted_address: str) -> None:
+        if self.holder:
+            raise Busy(f"{self.holder} has it")
+
+
 class VmsInMemory:
     def __init__(self) -> None:
+        self.usb = UsbInMemory(self)
         self.views = {name: VmView(name, "stopped", memory=512, color="red") for name in ORDINARY}
         self.views |= {name: VmView(name, "stopped", status="a\x1b[31m\udc80b") for name in FAILURES}
         self.pci: dict[str, str] = {"0000:01:00.0": "banking"}
@@ -75,6 +101,13 @@ class VmsInMemory:
         with ours:
             ours.sendall(repr(request).encode())
         return theirs.detach()
+
+    async def read_memory(self, name: str) -> Mapping[str, int]:
+        view = self.find(name)
+        return {"configured": view.memory, "maximum": 2 * view.memory}
+
+    async def resize_memory(self, name: str, size: int) -> Mapping[str, int]:
+        return {**await self.read_memory(name), "requested": size, "actual": size}
 
     async def open_ssh(self, request: SshRequest) -> tuple[int, int, str, str]:
         """The stream tells what was asked for."""

@@ -330,3 +330,12 @@ def test_a_second_daemon_does_not_start(stand_in: str, server: subprocess.Popen[
     assert server.poll() is None
     with pytest.raises(AssertionError, match="did not start"), served(stand_in):
         pass
+
+
+def test_memory_is_read_and_asked_for_at_both_objects(client: Client) -> None:
+    limits = {"configured": 512, "maximum": 1024}
+    asked = {**limits, "requested": 768, "actual": 768}
+    assert client.manager("GetMemory", "s", "banking") == limits
+    assert client.manager("SetMemory", "su", "banking", 768) == asked
+    assert client.call(vm_path("banking"), VM, "GetMemory") == limits
+    assert client.call(vm_path("banking"), VM, "SetMemory", "u", 768) == asked

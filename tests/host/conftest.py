@@ -22,7 +22,7 @@ def standin_site() -> Iterator[Site]:
         site = Site(host)
         site.install()
         host.configure()
-        host.run("systemctl start vmsilo-relayd.service")
+        host.run("systemctl start vmsilo-relayd.service vmsilo-consoled.service")
         site.define(name="warm-up")
         assert site.vm_run("warm-up", "true").returncode == 0  # what is opened once, is open from here on
         host.run("vm-stop warm-up && rm /etc/vmsilo/vms.d/warm-up.toml")

@@ -35,7 +35,7 @@ def vm(host: Host) -> Iterator[str]:
     entry = Path("/usr/local/bin/ssh-into")
     entry.write_text(ENTRY)
     entry.chmod(0o755)
-    with host.vm("logins", "memory = 768\n") as name:
+    with host.vm("logins", "memory = 768\nstart_timeout = 600\n") as name:
         yield name
     host.wait_until("! test -e /var/lib/vmsilo/ssh/logins", seconds=20)
     entry.unlink()
@@ -68,7 +68,7 @@ def test_a_stranger_reaches_sshd_and_no_further(host: Host, vm: str) -> None:
 
 
 def test_without_ssh_the_port_is_closed(host: Host) -> None:
-    with host.vm("nologin", "memory = 768\nssh = false\n") as name:
+    with host.vm("nologin", "memory = 768\nstart_timeout = 600\nssh = false\n") as name:
         host.run(f"vm-start --wait {name}", user="user")
         cid = host.vms()[name]["Cid"]
         connect = f"import socket; socket.socket(socket.AF_VSOCK).connect(({cid}, 22))"

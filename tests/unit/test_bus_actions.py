@@ -21,7 +21,7 @@ INTERFACE = ET.parse(TREE / "daemon/vmsilod/bus/org.vmsilo1.xml").getroot()
 POLICY = ET.parse(TREE / "polkit/org.vmsilo1.policy").getroot()
 
 DEVICE = "0000:01:00.0"
-SAMPLES = {"s": "banking", "a{sv}": {}, "as": ["ls"], "h": 0}
+SAMPLES = {"s": "banking", "a{sv}": {}, "u": 2048, "as": ["ls"], "h": 0}
 
 
 def declared_calls() -> list[Message]:
@@ -50,6 +50,8 @@ def test_every_declared_method_needs_an_action(message: Message) -> None:
     assert set(need.actions) <= set(ACTIONS)
     if message.vm is not None:
         assert need.details["vm"] == "work"
+    elif message.method == "ReleaseUsb":
+        assert need.details == {"device": "banking"}  # a device that no VM has
     elif message.arguments == (DEVICE,):
         assert need.details == {"device": DEVICE}
     elif message.arguments:

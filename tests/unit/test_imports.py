@@ -17,6 +17,7 @@ PACKAGES = {
     "vmsilo_agent": {"vmsilo_wire"},
     "vmsilo": {"vmsilo_wire"},
     "vmsilo_relay": {"vmsilo_wire"},
+    "vmsilo_console": {"vmsilo_wire", "vmsilo_relay"},
     "vmsilo_launch": set[str](),
     "vmsilo_image": set[str](),
     "vmsilod": {"vmsilo_wire", "vmsilo_image"},
@@ -31,18 +32,21 @@ LAYERS = (
     {"vmsilod.config", "vmsilod.resources", "vmsilod.vmm", "vmsilod.systemd"},
     {"vmsilod.restart", "vmsilod.first_sign"},
     {"vmsilod.units", "vmsilod.bus", "vmsilod.host"},
-    {"vmsilod.registry", "vmsilod.relay_client", "vmsilod.control", "vmsilod.preparation", "vmsilod.watch"},
+    {"vmsilod.registry", "vmsilod.order_socket"},
+    {"vmsilod.consoles", "vmsilod.relay_client", "vmsilod.control", "vmsilod.preparation", "vmsilod.watch"},
+    {"vmsilod.shapes", "vmsilod.memory"},
     {
         *("vmsilod.spawning", "vmsilod.ssh_login", "vmsilod.vm_view", "vmsilod.publication"),
         "vmsilod.endings",
     },
+    {"vmsilod.usb"},
     {"vmsilod.holders"},
     {"vmsilod.runs"},
     {"vmsilod.lifecycle"},
     {"vmsilod.main"},
 )
 
-STDLIB_ONLY = ("vmsilo_wire", "vmsilo_agent", "vmsilo", "vmsilo_relay", "vmsilo_launch")
+STDLIB_ONLY = ("vmsilo_wire", "vmsilo_agent", "vmsilo", "vmsilo_relay", "vmsilo_console", "vmsilo_launch")
 LATE = {"vmsilo": {"jeepney"}}  # imported where D-Bus is needed, not at start
 
 

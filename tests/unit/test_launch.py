@@ -114,7 +114,7 @@ def test_descriptors_arrive_at_the_numbers_in_argv(tmp_path: Path) -> None:
         "file 2",
         "red None",
     ]
-    assert requests == [{"op": "prepare", "name": "banking", "fds": 0}]
+    assert requests == [{"op": "prepare", "name": "banking", "fds": 1}]
 
 
 def test_terminals_become_standard_input_and_output(tmp_path: Path) -> None:

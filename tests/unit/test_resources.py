@@ -130,6 +130,35 @@ def test_the_secret_is_behind_the_initrd_and_sealed(images: Path) -> None:
         os.close(fd)
 
 
+def test_initrd_as_a_nameless_file_is_for_reading_only(images: Path, tmp_path: Path) -> None:
+    (images / "odd").write_bytes(b"x" * 13)
+    before = set(tmp_path.iterdir())
+    fd = image.make_initrd(images / "odd", SECRET, None, tmp_path)
+    try:
+        assert os.pread(fd, 1 << 20, 0).count(SECRET.encode()) == 1
+        status = os.fstat(fd)
+        assert (status.st_mode & 0o777, status.st_nlink) == (0o444, 0)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.write(fd, b"changed")
+        assert set(tmp_path.iterdir()) == before
+    finally:
+        os.close(fd)
+
+
+def test_root_is_persistent_memory_only_where_image_and_size_say_so(images: Path, tmp_path: Path) -> None:
+    (images / "default/one/manifest.json").write_text('{"pmem": true}')
+    files = image.find_boot_files(BootChoice("default"), images)
+    assert files.pmem
+    assert not image.find_boot_files(BootChoice("default", initramfs="/own"), images).pmem
+    assert not image.find_boot_files(BootChoice("default", root_disk="/own"), images).pmem
+    for size, expected in ((4 << 20, True), ((4 << 20) + 4096, False)):
+        (tmp_path / "root").touch()
+        os.truncate(tmp_path / "root", size)
+        fd = os.open(tmp_path / "root", os.O_RDONLY)
+        assert image.is_pmem(files, fd) is expected
+        os.close(fd)
+
+
 def test_only_files_and_block_devices_are_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path, tmp_path / "fifo", tmp_path / "none"):

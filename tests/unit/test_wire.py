@@ -185,6 +185,20 @@ def test_only_harmless_signals_pass() -> None:
             wire.parse_signal(bytes((number,)))
 
 
+def test_console_size_is_clamped_when_sent_and_checked_when_read() -> None:
+    for given, sent in (((24, 80), (24, 80)), ((0, -1), (1, 1)), ((70000, 1001), (1000, 1000))):
+        ((kind, found),) = wire.Decoder(wire.TO_AGENT).feed(wire.encode_console_size(*given))
+        assert (kind, wire.parse_console_size(found)) == (wire.CONSOLE_SIZE, sent)
+
+
+@pytest.mark.parametrize(
+    "bad", [b"", b"\0\x18\0", b"\0\x18\0P!", b"\0\0\0P", b"\0\x18\0\0", b"\0\x18\x03\xe9"]
+)
+def test_bad_console_size(bad: bytes) -> None:
+    with pytest.raises(wire.ProtocolError):
+        wire.parse_console_size(bad)
+
+
 def test_import_stays_small_for_the_client() -> None:
     """The client is measured by its start-up; it needs none of these to send and read frames."""
     code = (

@@ -104,6 +104,13 @@ def _of_login(message: Message, name: Sequence[str], options: Mapping[str, Any],
     return Need((RUN_AS_ROOT if root else RUN,), {"vm": vm, "command": command})
 
 
+def _of_usb(message: Message) -> Need:
+    """The device's address is the last argument; a VM's name comes before it where there is one."""
+    *name, address = message.arguments
+    vm = {"vm": check_name(name[0])} if name else {}
+    return Need((MANAGE_DEVICES,), {**vm, "device": describe_command([address])})
+
+
 _TABLE: dict[tuple[str, str], Callable[[Message], Need]] = {
     (PROPERTIES_INTERFACE, "Get"): _of_all(VIEW),
     (PROPERTIES_INTERFACE, "GetAll"): _of_all(VIEW),
@@ -116,15 +123,23 @@ _TABLE: dict[tuple[str, str], Callable[[Message], Need]] = {
     (MANAGER_INTERFACE, "Kill"): _of_named(KILL),
     (MANAGER_INTERFACE, "Restart"): _of_named(STOP, START),
     (MANAGER_INTERFACE, "Run"): _of_run,
+    (MANAGER_INTERFACE, "GetMemory"): _of_named(VIEW),
+    (MANAGER_INTERFACE, "SetMemory"): _of_named(START),
     (MANAGER_INTERFACE, "OpenSsh"): _of_ssh,
     (MANAGER_INTERFACE, "StartDebug"): _of_named(DEBUG),
     (MANAGER_INTERFACE, "ListPci"): _of_all(VIEW),
     (MANAGER_INTERFACE, "ClaimPci"): _of_device,
     (MANAGER_INTERFACE, "ReleasePci"): _of_device,
+    (MANAGER_INTERFACE, "ListUsb"): _of_all(VIEW),
+    (MANAGER_INTERFACE, "AttachUsb"): _of_usb,
+    (MANAGER_INTERFACE, "DetachUsb"): _of_usb,
+    (MANAGER_INTERFACE, "ReleaseUsb"): _of_usb,
     (VM_INTERFACE, "Start"): _of_all(START),
     (VM_INTERFACE, "Stop"): _of_all(STOP),
     (VM_INTERFACE, "Kill"): _of_all(KILL),
     (VM_INTERFACE, "Restart"): _of_all(STOP, START),
     (VM_INTERFACE, "Run"): _of_run,
+    (VM_INTERFACE, "GetMemory"): _of_all(VIEW),
+    (VM_INTERFACE, "SetMemory"): _of_all(START),
     (VM_INTERFACE, "OpenSsh"): _of_ssh,
 }

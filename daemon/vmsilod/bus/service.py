@@ -30,6 +30,7 @@ from vmsilod.bus.views import (
     find_changes,
     pack_pci,
     pack_properties,
+    pack_usb,
     printable,
 )
 from vmsilod.errors import Denied, Failed
@@ -87,6 +88,12 @@ class VmObject:
     async def Run(self, call: Call, argv: list[str], options: dict[str, Any]) -> int:
         return await self._domain.run(requests.parse_run(self._name, call.uid, argv, options))
 
+    async def GetMemory(self, _call: Call) -> dict[str, int]:
+        return dict(await self._domain.read_memory(self._name))
+
+    async def SetMemory(self, _call: Call, size: int) -> dict[str, int]:
+        return dict(await self._domain.resize_memory(self._name, size))
+
     async def OpenSsh(self, call: Call, options: dict[str, Any]) -> tuple[int, int, str, str]:
         return await self._domain.open_ssh(requests.parse_ssh(self._name, call.uid, options))
 
@@ -132,6 +139,12 @@ class RootObject:
     async def Run(self, call: Call, name: str, argv: list[str], options: dict[str, Any]) -> int:
         return await self._domain.run(requests.parse_run(name, call.uid, argv, options))
 
+    async def GetMemory(self, _call: Call, name: str) -> dict[str, int]:
+        return dict(await self._domain.read_memory(name))
+
+    async def SetMemory(self, _call: Call, name: str, size: int) -> dict[str, int]:
+        return dict(await self._domain.resize_memory(name, size))
+
     async def OpenSsh(self, call: Call, name: str, options: dict[str, Any]) -> tuple[int, int, str, str]:
         return await self._domain.open_ssh(requests.parse_ssh(name, call.uid, options))
 
@@ -150,6 +163,18 @@ class RootObject:
 
     async def ReleasePci(self, _call: Call, address: str) -> str:
         return printable(await self._domain.release_pci(address))
+
+    async def ListUsb(self, _call: Call) -> list[dict[str, GLib.Variant]]:
+        return [pack_usb(view) for view in await self._domain.usb.list_devices()]
+
+    async def AttachUsb(self, _call: Call, name: str, device: str) -> None:
+        await self._domain.usb.attach(name, device)
+
+    async def DetachUsb(self, _call: Call, name: str, device: str) -> None:
+        await self._domain.usb.detach(name, device)
+
+    async def ReleaseUsb(self, _call: Call, device: str) -> None:
+        await self._domain.usb.release(device)
 
     async def StartDebug(self, call: Call, name: str, *handles: int) -> str:
         fds: list[int] = []

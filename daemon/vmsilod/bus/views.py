@@ -47,6 +47,24 @@ class VmView:
 
 
 @dataclass(frozen=True)
+class UsbView:
+    """A USB device of the host. `rule` and `obstacle` are for people."""
+
+    port: str
+    vendor: str
+    product: str
+    serial: str = ""
+    title: str = ""
+    kinds: tuple[str, ...] = ()
+    speed: str = ""
+    hub: bool = False
+    host_drivers: tuple[str, ...] = ()
+    vm: str = ""
+    rule: str = ""
+    obstacle: str = ""
+
+
+@dataclass(frozen=True)
 class VmRemoved:
     name: str
 
@@ -60,6 +78,19 @@ class Reloaded:
 
 
 Change = VmView | VmRemoved | Reloaded
+
+
+class UsbDomain(Protocol):
+    """USB devices of the host, as Domain. An address is BUS-PORT, VID:PID or VID:PID:SERIAL."""
+
+    async def list_devices(self) -> Sequence[UsbView]: ...
+
+    async def attach(self, name: str, untrusted_address: str) -> None: ...
+
+    async def detach(self, name: str, untrusted_address: str) -> None: ...
+
+    async def release(self, untrusted_address: str) -> None:
+        """Let the host's drivers have it again."""
 
 
 class Domain(Protocol):
@@ -79,6 +110,12 @@ class Domain(Protocol):
     async def run(self, request: RunRequest) -> int:
         """A descriptor connected to the guest agent, with SPAWN sent. The caller owns it."""
 
+    async def read_memory(self, name: str) -> Mapping[str, int]:
+        """MiB: configured, maximum, and of a running VM requested and actual."""
+
+    async def resize_memory(self, name: str, size: int) -> Mapping[str, int]:
+        """As read_memory; the guest has been asked to have `size` MiB."""
+
     async def open_ssh(self, request: SshRequest) -> tuple[int, int, str, str]:
         """A descriptor connected to the guest's sshd and one of the login's private key, both the caller's
         to close; the login's name; the guest's public host key."""
@@ -96,6 +133,9 @@ class Domain(Protocol):
 
     async def start_debug(self, name: str, fds: tuple[int, int, int]) -> str:
         """The unit that runs the VM. From the call on the domain owns the descriptors, whatever happens."""
+
+    @property
+    def usb(self) -> UsbDomain: ...
 
     def subscribe(self, callback: Callable[[Change], None]) -> Callable[[], None]:
         """Call back on the loop after every change, until the returned function is called."""
@@ -140,6 +180,26 @@ _PCI_ENTRIES: dict[str, tuple[str, str]] = {
 
 def pack_pci(view: PciView) -> dict[str, GLib.Variant]:
     return {name: _pack(kind, getattr(view, field)) for name, (kind, field) in _PCI_ENTRIES.items()}
+
+
+_USB_PROPERTIES: dict[str, tuple[str, str]] = {
+    "Port": ("s", "port"),
+    "Vendor": ("s", "vendor"),
+    "Product": ("s", "product"),
+    "Serial": ("s", "serial"),
+    "Title": ("s", "title"),
+    "Kinds": ("as", "kinds"),
+    "Speed": ("s", "speed"),
+    "Hub": ("b", "hub"),
+    "HostDrivers": ("as", "host_drivers"),
+    "Vm": ("s", "vm"),
+    "Rule": ("s", "rule"),
+    "Obstacle": ("s", "obstacle"),
+}
+
+
+def pack_usb(view: UsbView) -> dict[str, GLib.Variant]:
+    return {name: _pack(kind, getattr(view, field)) for name, (kind, field) in _USB_PROPERTIES.items()}
 
 
 def pack_properties(view: VmView) -> dict[str, GLib.Variant]:

@@ -11,7 +11,14 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from vmsilod.units.hardening import HELPER, VMM_EVERY, VMM_SANDBOXED_BY_ITSELF, VMM_SANDBOXED_BY_SYSTEMD
+from vmsilod.units.hardening import (
+    HELPER,
+    VMM_EVERY,
+    VMM_LIBUSB,
+    VMM_SANDBOXED_BY_BOTH,
+    VMM_SANDBOXED_BY_ITSELF,
+    VMM_SANDBOXED_BY_SYSTEMD,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,6 +41,14 @@ _ACCOUNT = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _PATH = re.compile(r"/[A-Za-z0-9_./+-]*")
 
 
+Vmm = Literal["crosvm", "qemu", "cloud-hypervisor"]
+_SANDBOXES: dict[Vmm, str] = {
+    "crosvm": VMM_SANDBOXED_BY_ITSELF,
+    "qemu": VMM_SANDBOXED_BY_SYSTEMD,
+    "cloud-hypervisor": VMM_SANDBOXED_BY_BOTH,
+}
+
+
 @dataclass(frozen=True)
 class UnitPaths:
     """Where the programs are that the units start."""
@@ -51,7 +66,7 @@ class UnitContext:
     """
 
     owner: str
-    vmm: Literal["crosvm", "qemu"]
+    vmm: Vmm
     groups: frozenset[str] = frozenset()
     hybrid_cid: int | None = None
     paths: UnitPaths = field(default_factory=UnitPaths)
@@ -161,7 +176,10 @@ RemoveOnStop=yes
 
 
 def _render_vm(vm: VmConfig, context: UnitContext) -> str:
-    daemons = f"vmsilod.socket vmsilo-relayd.socket vmsilod.service vmsilo-relayd.service {DAEMONS_TARGET}"
+    daemons = (
+        "vmsilod.socket vmsilo-relayd.socket vmsilo-consoled.socket"
+        f" vmsilod.service vmsilo-relayd.service {DAEMONS_TARGET}"
+    )
     needed = " ".join(vm_unit(name) for name in vm.depends_on)
     wants = f"# depends_on\nWants={needed}\nAfter={needed}\n" if needed else ""
     wants += _render_pci_order(vm)
@@ -202,7 +220,6 @@ Restart=no
 def _render_service(vm: VmConfig, context: UnitContext) -> str:
     """What both services of a VM have in common."""
     launch = f"{context.paths.libdir}/bin/vmsilo-launch"
-    own_sandbox = context.vmm == "crosvm"
     return f"""Type=notify
 # vmsilo-launch reports and then becomes the VMM; no child of the VMM may speak for it.
 NotifyAccess=main
@@ -222,7 +239,7 @@ DynamicUser=yes
 User={user_name(vm.name)}
 {_render_groups(context)}StandardInput=null
 SyslogIdentifier=vmsilo-{vm.name}
-UMask=0077
+{_render_writable(context)}\
 # One process holds the descriptors of all devices; crosvm refuses less than 4096, its GPU device wants
 # 32768.
 LimitNOFILE=65536
@@ -230,7 +247,7 @@ LimitNOFILE=65536
 LimitCORE=0
 {_render_pci(vm)}
 {VMM_EVERY}
-{VMM_SANDBOXED_BY_ITSELF if own_sandbox else VMM_SANDBOXED_BY_SYSTEMD}"""
+{_SANDBOXES[context.vmm]}{VMM_LIBUSB if vm.wants_usb and context.vmm == "qemu" else ""}"""
 
 
 def _render_pci(vm: VmConfig) -> str:
@@ -264,6 +281,17 @@ RestartForceExitStatus=32
 # One that meets a stop is no failure.
 SuccessExitStatus=32
 RestartSec=500ms
+"""
+
+
+def _render_writable(context: UnitContext) -> str:
+    if context.vmm != "cloud-hypervisor":
+        return "UMask=0077\n"
+    return f"""# It makes the socket of its own vsock, to which vmsilo-relayd, in the directory's group,
+# connects; the directory (0770) keeps all others out. That one does not exist yet, so what is
+# writable here is the place where it will be, which belongs to root.
+UMask=0000
+ReadWritePaths={RUN_DIRECTORY}/vm
 """
 
 

@@ -27,9 +27,11 @@ class Console(enum.Enum):
     """Where the bytes of the guest's serial console go."""
 
     NONE = "none"
-    """Nowhere: they are the guest's, and nothing filters them on their way to the journal yet."""
+    """Nowhere: vmsilo-consoled could not take them."""
+    SERIAL = "serial"
+    """The VMM's standard input and output are a terminal whose other side vmsilo-consoled has."""
     STDIO = "stdio"
-    """The VMM's own standard input and output: vm-start-debug."""
+    """They are the terminal of vm-start-debug: everything that the kernel says."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,24 @@ class QemuShape:
     extra_args: tuple[str, ...] = ()
     accel: Literal["auto", "kvm", "tcg"] = "auto"
     machine: Literal["auto", "microvm", "q35"] = "auto"
+
+
+@dataclass(frozen=True)
+class CloudHypervisorShape:
+    log_level: Literal["warn", "info", "debug", "trace"] = "warn"
+    extra_args: tuple[str, ...] = ()
+
+
+OptionValue = str | int | bool | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class VhostUserDevice:
+    """A device whose other end is a program of the host; `options` as configured, in that order."""
+
+    type: str
+    socket: str
+    options: tuple[tuple[str, OptionValue], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,10 +89,16 @@ class VmShape:
     kernel_params: tuple[str, ...] = ()
     needs_pci: bool = False
     """The VM has a device that only a PCI machine can hold."""
+    memory_max_mib: int | None = None
+    """What the memory can grow to while the VM runs; None: not at all."""
+    vhost_user: tuple[VhostUserDevice, ...] = ()
     pci: tuple[PciFunction, ...] = ()
     """Bound to vfio-pci, their groups' nodes in /dev/vfio open to the VM's uid."""
+    usb: bool = False
+    """The VM has an xHCI controller, into which host devices can be plugged while it runs."""
     crosvm: CrosvmShape = field(default_factory=CrosvmShape)
     qemu: QemuShape = field(default_factory=QemuShape)
+    cloud_hypervisor: CloudHypervisorShape = field(default_factory=CloudHypervisorShape)
 
 
 @dataclass(frozen=True)
@@ -90,11 +116,21 @@ class HybridVsock:
 
 
 @dataclass(frozen=True)
+class BuiltinVsock:
+    """The VMM's own hybrid vsock: it listens on `socket_path` itself."""
+
+    cid: int
+    socket_path: str
+
+
+@dataclass(frozen=True)
 class Disk:
     """A disk of raw bytes, by descriptor: O_RDONLY exactly where `readonly`, else O_RDWR (QEMU compares)."""
 
     fd: int
     readonly: bool
+    pmem: bool = False
+    """It can be persistent memory: its size is right for that, and the initrd has the driver."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +145,9 @@ class Leases:
     uid: int
     gid: int
     owner: int
-    vsock: KernelVsock | HybridVsock
+    vsock: KernelVsock | HybridVsock | BuiltinVsock
     monitor_fd: int
-    """Listening: SOCK_SEQPACKET for crosvm, SOCK_STREAM for QEMU."""
+    """Listening: SOCK_SEQPACKET for crosvm, SOCK_STREAM for the others."""
     kernel_fd: int
     initrd_fd: int | None
     kvm: bool
@@ -119,6 +155,11 @@ class Leases:
     """An existing empty directory, the root of crosvm's device jails (Debian has no /var/empty)."""
     root: Disk | None
     """The first virtio disk: the read-only erofs image, or a writable raw one."""
+    landlock: bool = False
+    """The host's kernel can confine a process to the files that it names (cloud-hypervisor)."""
+    vhost_user_fds: tuple[int, ...] = ()
+    """One for each of VmShape.vhost_user: connected for crosvm and QEMU; for cloud-hypervisor, which
+    connects itself, O_PATH of the socket."""
 
 
 @dataclass(frozen=True)

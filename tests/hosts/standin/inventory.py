@@ -13,6 +13,8 @@ OWN_UNITS = {
     "vmsilod.socket",
     "vmsilo-relayd.service",
     "vmsilo-relayd.socket",
+    "vmsilo-consoled.service",
+    "vmsilo-consoled.socket",
     "vmsilo.slice",
     "vmsilo-vms.target",
     "vmsilo-daemons.target",
@@ -53,6 +55,8 @@ def find_files() -> list[str]:
         "vmsilo/state/*.history",
         "vmsilo-relay/*",
         "vmsilo/*-command.socket",
+        "vmsilo/*-console",
+        "vmsilo-console/*",
         "systemd/system/vmsilo-*",
         "systemd/system/.vmsilo-*",
         "systemd/system/vmsilo-vms.target.wants/*",
@@ -76,10 +80,11 @@ def find_descriptors(unit: str) -> dict[str, Any]:
 def main() -> None:
     left = {"units": find_units(), "processes": find_vm_processes(), "files": find_files()}
     left["mounts"] = [line for line in Path("/proc/mounts").read_text().splitlines() if "vmsilo" in line]
-    stored = read(["systemctl", "show", "-P", "NFileDescriptorStore", "vmsilo-relayd.service"]).strip()
-    daemons = {unit: find_descriptors(unit) for unit in ("vmsilod.service", "vmsilo-relayd.service")}
+    stores = ("vmsilo-relayd.service", "vmsilo-consoled.service")
+    stored = sum(int(read(["systemctl", "show", "-P", "NFileDescriptorStore", unit])) for unit in stores)
+    daemons = {unit: find_descriptors(unit) for unit in ("vmsilod.service", *stores)}
     cursor = read(["journalctl", "-n0", "--show-cursor", "-q"]).partition("cursor: ")[2].strip()
-    print(json.dumps({"left": left, "stored": int(stored), "daemons": daemons, "cursor": cursor}))
+    print(json.dumps({"left": left, "stored": stored, "daemons": daemons, "cursor": cursor}))
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ class Site:
             if item not in before["left"][kind]
         ]
         if now["stored"] > before["stored"]:
-            found.append(f"relayd's descriptor store has {now['stored']}, had {before['stored']}")
+            found.append(f"the daemons' descriptor stores have {now['stored']}, had {before['stored']}")
         for daemon, held in now["daemons"].items():
             was = self._daemons[daemon]
             if not held["pid"]:

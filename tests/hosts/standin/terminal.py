@@ -52,6 +52,10 @@ class Terminal(AbstractContextManager["Terminal"]):
     def type(self, keys: bytes) -> None:
         os.write(self._master, keys)
 
+    def resize(self, rows: int, cols: int) -> None:
+        """Heard by a program whose controlling terminal this is (`setsid -c`)."""
+        fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
+
     def hang_up(self) -> None:
         """Close the window: the program's terminal is gone."""
         master, self._master = self._master, os.open(os.devnull, os.O_RDONLY)

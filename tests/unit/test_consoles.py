@@ -1,0 +1,59 @@
+"""vmsilod's half of the consoles: the terminal pair, the sockets, and what a launcher passes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import termios
+from typing import TYPE_CHECKING
+
+from vmsilod import consoles
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_terminal_changes_no_byte_and_echoes_nothing() -> None:
+    master, slave = consoles.open_terminal()
+    try:
+        os.write(slave, b"one\r\ntwo\x03\n")
+        assert os.read(master, 100) == b"one\r\ntwo\x03\n"
+        os.write(master, b"typed\n")
+        assert os.read(slave, 100) == b"typed\n"
+        assert not termios.tcgetattr(slave)[3] & termios.ECHO
+    finally:
+        os.close(master)
+        os.close(slave)
+
+
+def test_the_stream_is_told_from_listeners_and_pipes() -> None:
+    ours, its = socket.socketpair()
+    with ours, its, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("")
+        listener.listen()
+        reading, writing = os.pipe()
+        try:
+            fds = [listener.fileno(), its.fileno(), writing]
+            assert consoles.split_passed(fds) == ([listener.fileno(), writing], its.fileno())
+        finally:
+            os.close(reading)
+            os.close(writing)
+
+
+def test_leftover_sockets_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    kept = consoles.bind_fresh(tmp_path / "banking-console", os.getuid())
+    gone = consoles.bind_fresh(tmp_path / "old-console", os.getuid())
+    (tmp_path / "file-console").write_text("not ours")
+    consoles.remove_sockets(tmp_path, frozenset({"banking"}))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["banking-console", "file-console"]
+    os.close(kept)
+    os.close(gone)
+
+
+def test_a_bound_console_is_the_owners_alone(tmp_path: Path) -> None:
+    path = tmp_path / "banking-console"
+    for _ in range(2):  # the second takes the place of the first
+        listener = consoles.bind_fresh(path, os.getuid())
+        assert stat.S_IMODE(path.lstat().st_mode) == 0o600
+        os.close(listener)

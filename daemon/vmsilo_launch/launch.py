@@ -2,13 +2,15 @@
 
 Run by `vmsilo-NAME-vm.service` (`start NAME`, `stop NAME`) and `vmsilo-NAME-debug.service`, already under
 the VM's own uid. It asks vmsilod over the control socket for argv, environment and descriptors, puts the
-descriptors where argv says and executes the VMM, so the unit's main PID is the VMM. It decides nothing and
-opens nothing but that socket.
+descriptors where argv says and executes the VMM, so the unit's main PID is the VMM. It leaves one small
+process in the unit, the pen, which outlives it as long as vmsilo-consoled has lines for the journal. It
+decides nothing and opens nothing but that socket.
 """
 
 import json
 import os
 import select
+import signal
 import socket
 import sys
 from typing import Any
@@ -19,6 +21,8 @@ MAX_FDS = 64
 MAX_REPLY = 1 << 20
 ATTEMPTS = 5  # a crashed vmsilod is started again by its socket; a start outlives that many crashes
 REPLY_TIMEOUT = 120.0
+PEN = "/usr/bin/cat"
+FDS_END = 1 << 16  # LimitNOFILE= of the unit
 
 
 class LaunchError(Exception):
@@ -50,8 +54,9 @@ def main(argv: list[str]) -> int:
 
 
 def start(name: str) -> None:
-    # Standard error is the journal stream that systemd opened for this unit: the guest's lines go there.
-    reply, fds = ask({"op": "prepare", "name": name}, [*find_command_socket(), sys.stderr.fileno()])
+    lines, ink = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    reply, fds = ask({"op": "prepare", "name": name}, [*find_command_socket(), lines.fileno()])
+    start_pen(ink.fileno())
     stdio = reply.get("stdio")
     place(fds, stdio)
     argv, env = reply["argv"], reply["env"]
@@ -113,6 +118,32 @@ def find_command_socket() -> list[int]:
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return []
     return list(range(3, 3 + int(os.environ.get("LISTEN_FDS", "0"))))
+
+
+def start_pen(ink: int) -> None:
+    """Leave a process in the unit that copies `ink` to standard error, the unit's journal stream.
+
+    journald files a line under the unit of the process that wrote it, whoever opened the stream, so
+    vmsilo-consoled cannot write there itself. The pen ends when the other side of `ink` is closed. Forked
+    twice: crosvm takes the end of a child for a crash.
+    """
+    try:
+        child = os.fork()
+    except OSError as error:
+        raise LaunchError(f"no process for the console's lines: {error.strerror}") from error
+    if child:
+        os.waitpid(child, 0)
+        return
+    try:
+        if os.fork() == 0:
+            # The unit gets SIGTERM as soon as the VMM is dead; its last words may still be on their way.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            os.dup2(ink, 0)
+            os.dup2(2, 1)
+            os.closerange(3, FDS_END)  # the VM's devices are among them
+            os.execve(PEN, [PEN], {})
+    finally:
+        os._exit(0)
 
 
 def place(fds: list[int], stdio: list[int] | None) -> None:

@@ -35,7 +35,6 @@ PROGRAM = "vmsilo-consoled"
 SOCKET_PATH = "/run/vmsilo/console.sock"
 RUN = Path("/run/vmsilo")
 SUFFIX = "-console"
-JOURNAL_STREAM = "/run/systemd/journal/stdout"
 OPEN_SECONDS = 5.0
 """A console is worth no more of a VM's start than this."""
 
@@ -54,7 +53,7 @@ class Consoles:
     async def open(self, name: str, generation: str, journal: int | None) -> list[int]:
         """Descriptors for the VMM's standard input and output, the caller's; [] where there is no console.
 
-        `journal` is the unit's own journal stream, for the guest's lines.
+        `journal` leads to the unit's pen, for the guest's lines.
         """
         master, slave = await loop.in_worker(open_terminal)
         fds = [master] if journal is None else [master, journal]
@@ -167,26 +166,27 @@ def remove_sockets(run: Path, wanted: frozenset[str]) -> None:
 
 
 def split_passed(fds: Sequence[int]) -> tuple[list[int], int | None]:
-    """What a launcher passed: its listening sockets, and its unit's journal stream, if that is what it says.
+    """What a launcher passed: its listening sockets, and a stream to its unit's pen.
 
-    systemd opened that stream for the unit before it gave up root; the unit's name is part of the stream's
-    beginning, which only root may say, so a stream that a VM's uid opened for itself claims nothing.
+    The pen is a process of the VM's own unit and uid: whatever else the stream led to, only that VM's lines
+    would go there, and they are consoled's to write, not to read.
     """
     listeners: list[int] = []
-    journal = None
+    pen = None
     for fd in fds:
-        if is_journal_stream(fd):
-            journal = fd
+        if is_connected_stream(fd):
+            pen = fd
         else:
             listeners.append(fd)
-    return listeners, journal
+    return listeners, pen
 
 
-def is_journal_stream(fd: int) -> bool:
+def is_connected_stream(fd: int) -> bool:
     if not stat.S_ISSOCK(os.fstat(fd).st_mode):
         return False
     with socket.socket(fileno=os.dup(fd)) as sock:
         try:
-            return sock.type == socket.SOCK_STREAM and sock.getpeername() == JOURNAL_STREAM
+            sock.getpeername()
         except OSError:
             return False
+        return (sock.family, sock.type) == (socket.AF_UNIX, socket.SOCK_STREAM)

@@ -27,19 +27,19 @@ def test_terminal_changes_no_byte_and_echoes_nothing() -> None:
         os.close(slave)
 
 
-def test_only_the_journal_stream_passes_for_one(tmp_path: Path) -> None:
-    """A stream to anything else, a pipe and a listener are no journal."""
-    with socket.socket(socket.AF_UNIX) as other, socket.socket(socket.AF_UNIX) as stream:
-        other.bind(str(tmp_path / "stdout"))
-        other.listen()
-        stream.connect(str(tmp_path / "stdout"))
-        reading, writing = os.pipe()
-        try:
-            fds = [other.fileno(), stream.fileno(), writing]
-            assert consoles.split_passed(fds) == (fds, None)
-        finally:
-            os.close(reading)
-            os.close(writing)
+def test_only_a_connected_stream_is_taken_for_the_pen(tmp_path: Path) -> None:
+    """A pipe, a listener and a socket of packets are not."""
+    ours, pens = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    packets, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    reading, writing = os.pipe()
+    with ours, pens, packets, other, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "listener"))
+        listener.listen()
+        rest = [listener.fileno(), packets.fileno(), writing]
+        assert consoles.split_passed([*rest, ours.fileno()]) == (rest, ours.fileno())
+        assert consoles.split_passed(rest) == (rest, None)
+    os.close(reading)
+    os.close(writing)
 
 
 def test_leftover_sockets_are_removed_and_nothing_else(tmp_path: Path) -> None:

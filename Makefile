@@ -5,6 +5,8 @@ LIBDIR ?= $(PREFIX)/lib/vmsilo
 DOCDIR ?= $(PREFIX)/share/doc/vmsilo
 UNITDIR ?= /usr/lib/systemd/system
 PYTHON ?= /usr/bin/python3
+INITRAMFS_HOOK := /usr/share/initramfs-tools/hooks/vmsilo-pci
+DRACUT_MODULE := /usr/lib/dracut/modules.d/90vmsilo-pci
 
 CACHE := .cache
 VENV := $(CACHE)/venv
@@ -18,7 +20,7 @@ TEST_PACKAGES := systemd-container openssh-client e2fsprogs util-linux nftables 
 PYTHON_ROOTS := daemon client guest
 CLIENTS := vm-run vm-shell vm-start vm-stop vm-start-debug vmsilo
 STDLIB_PROGRAMS := vmsilo-relayd:vmsilo_relay.__main__ vmsilo-consoled:vmsilo_console.__main__ \
-	vmsilo-launch:vmsilo_launch.launch
+	vmsilo-launch:vmsilo_launch.launch vmsilo-pci-claim:vmsilod.pci.early
 VENV_PROGRAMS := vmsilod:vmsilod.main vmsilo-check:vmsilod.config.check vmsilo-image:vmsilo_image.__main__
 
 help: ## list the targets
@@ -88,13 +90,19 @@ install: ## install below PREFIX (root); README says what to do then
 	install -d $(DESTDIR)$(UNITDIR) $(DESTDIR)/usr/lib/sysusers.d $(DESTDIR)/usr/lib/tmpfiles.d \
 		$(DESTDIR)/usr/share/dbus-1/system.d $(DESTDIR)/usr/share/dbus-1/system-services \
 		$(DESTDIR)/usr/share/polkit-1/actions $(DESTDIR)/etc/vmsilo/vms.d
-	for unit in vmsilod.service vmsilo-relayd.service vmsilo-consoled.service; do \
+	for unit in vmsilod.service vmsilo-relayd.service vmsilo-consoled.service vmsilo-pci-claim.service; do \
 		sed -e 's|@libdir@|$(LIBDIR)|g' -e 's|@docdir@|$(DOCDIR)|g' systemd/$$unit.in > $(DESTDIR)$(UNITDIR)/$$unit; done
 	install -m 644 systemd/vmsilod.socket systemd/vmsilo-relayd.socket systemd/vmsilo-consoled.socket \
 		systemd/vmsilo.slice systemd/vmsilo-vms.target systemd/vmsilo-daemons.target $(DESTDIR)$(UNITDIR)/
 	if [ "$$(systemctl --version | sed -n '1s/^systemd \([0-9]*\).*/\1/p')" -ge 254 ]; then \
 		for daemon in relayd consoled; do install -D -m 644 systemd/vmsilo-$$daemon-preserve.conf \
 			$(DESTDIR)$(UNITDIR)/vmsilo-$$daemon.service.d/preserve.conf; done; fi
+	install -d $(DESTDIR)$(UNITDIR)/sysinit.target.wants $(DESTDIR)/usr/share/initramfs-tools/hooks \
+		$(DESTDIR)$(DRACUT_MODULE)
+	ln -sf ../vmsilo-pci-claim.service $(DESTDIR)$(UNITDIR)/sysinit.target.wants/
+	sed -e 's|@libdir@|$(LIBDIR)|g' systemd/initramfs-tools/vmsilo-pci.in > $(DESTDIR)$(INITRAMFS_HOOK)
+	sed -e 's|@libdir@|$(LIBDIR)|g' systemd/dracut/module-setup.sh.in > $(DESTDIR)$(DRACUT_MODULE)/module-setup.sh
+	chmod 755 $(DESTDIR)$(INITRAMFS_HOOK) $(DESTDIR)$(DRACUT_MODULE)/module-setup.sh
 	install -m 644 systemd/vmsilo.sysusers.conf $(DESTDIR)/usr/lib/sysusers.d/vmsilo.conf
 	install -m 644 systemd/vmsilo.tmpfiles.conf $(DESTDIR)/usr/lib/tmpfiles.d/vmsilo.conf
 	install -m 644 systemd/org.vmsilo1.conf $(DESTDIR)/usr/share/dbus-1/system.d/
@@ -122,7 +130,10 @@ uninstall: ## remove what install put there; configuration and images stay
 	for unit in vmsilod.service vmsilo-relayd.service vmsilo-consoled.service vmsilod.socket vmsilo-relayd.socket \
 		vmsilo-consoled.socket vmsilo.slice vmsilo-vms.target vmsilo-daemons.target; do \
 		rm -f $(DESTDIR)$(UNITDIR)/$$unit; done
-	rm -rf $(DESTDIR)$(UNITDIR)/vmsilo-relayd.service.d $(DESTDIR)$(UNITDIR)/vmsilo-consoled.service.d
+	rm -rf $(DESTDIR)$(UNITDIR)/vmsilo-relayd.service.d $(DESTDIR)$(UNITDIR)/vmsilo-consoled.service.d \
+		$(DESTDIR)$(DRACUT_MODULE)
+	rm -f $(DESTDIR)$(INITRAMFS_HOOK) $(DESTDIR)$(UNITDIR)/vmsilo-pci-claim.service \
+		$(DESTDIR)$(UNITDIR)/sysinit.target.wants/vmsilo-pci-claim.service
 	rm -f $(DESTDIR)/usr/lib/sysusers.d/vmsilo.conf $(DESTDIR)/usr/lib/tmpfiles.d/vmsilo.conf \
 		$(DESTDIR)/usr/share/dbus-1/system.d/org.vmsilo1.conf \
 		$(DESTDIR)/usr/share/dbus-1/system-services/org.vmsilo1.service \

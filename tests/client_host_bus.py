@@ -11,6 +11,7 @@ from typing import Any
 
 import jeepney
 import pytest
+from client_host import site_dirs, write_program
 from jeepney.io.blocking import DBusConnection, open_dbus_connection
 
 CONFIG = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
@@ -21,6 +22,7 @@ CONFIG = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configurat
 </policy>
 </busconfig>
 """
+Completed = subprocess.CompletedProcess[bytes]
 Reply = tuple[str, tuple[Any, ...]]  # a signature and values, or an error's name and its text
 
 
@@ -108,3 +110,19 @@ def fake_daemon(address: str) -> Iterator[FakeDaemon]:
         yield daemon
     finally:
         daemon.close()
+
+
+class Programs:
+    """The installed programs, over a bus."""
+
+    def __init__(self, directory: Path, address: str) -> None:
+        self.directory = directory
+        self.env = {"DBUS_SYSTEM_BUS_ADDRESS": address}
+
+    def argv(self, program: str) -> list[str]:
+        return write_program(self.directory, program, interpreter_path=site_dirs())
+
+    def __call__(self, program: str, *args: str, stdin: bytes = b"") -> Completed:
+        env = {**os.environ, **self.env}
+        argv = [*self.argv(program), *args]
+        return subprocess.run(argv, input=stdin, capture_output=True, timeout=60, check=False, env=env)

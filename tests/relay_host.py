@@ -108,6 +108,7 @@ class Device:
         self.answer = answer
         self.greeting = b""  # what the agent says before it is spoken to
         self.agents: queue.Queue[Agent] = queue.Queue()
+        self.dialled: queue.Queue[socket.socket] = queue.Queue()  # at port 22
         self.connects = 0
         self._socks: list[socket.socket] = []
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -139,13 +140,18 @@ class Device:
                 self._serve(sock)
 
     def _serve(self, sock: socket.socket) -> None:
-        line = read_exactly(sock, len(b"CONNECT 700\n"))
-        if line != b"CONNECT 700\n":
+        line = b""
+        while not line.endswith(b"\n"):
+            line += read_exactly(sock, 1)
+        if line not in (b"CONNECT 700\n", b"CONNECT 22\n"):
             raise ValueError(line)
         if self.answer is None:
             return
         sock.sendall(self.answer + self.greeting)
         if not self.answer.startswith(b"OK"):
+            return
+        if line == b"CONNECT 22\n":
+            self.dialled.put(sock)
             return
         kind, length = struct.unpack(">BI", read_exactly(sock, HEADER_SIZE))
         if kind != HELLO:

@@ -68,12 +68,28 @@ _vmsilo_vm() {
 
 _vmsilo_vmsilo() {
     if ((COMP_CWORD == 1)); then
-        _vmsilo_words 'list status check image version help'
+        _vmsilo_words 'list status memory check image pci usb version help'
+    elif [[ ${COMP_WORDS[1]} == pci && COMP_CWORD -eq 2 ]]; then
+        _vmsilo_words 'list claim release'
     elif [[ ${COMP_WORDS[COMP_CWORD]} == -* ]]; then
         _vmsilo_words '--json'
     elif [[ ${COMP_WORDS[1]} == status ]]; then
         _vmsilo_words "$(_vmsilo_names)"
+    elif [[ ${COMP_WORDS[1]} == usb ]]; then
+        _vmsilo_usb
     fi
+}
+
+_vmsilo_usb() {
+    local devices=/sys/bus/usb/devices
+    local addresses
+    addresses=$(cd "$devices" 2>/dev/null && compgen -G '[0-9]*-*' | grep -v :)
+    case $COMP_CWORD:${COMP_WORDS[2]} in
+        2:*) _vmsilo_words 'list attach detach release' ;;
+        3:attach) _vmsilo_words "$(_vmsilo_names)" ;;
+        3:detach) _vmsilo_words "$(_vmsilo_names) $addresses" ;;
+        4:attach | 4:detach | 3:release) _vmsilo_words "$addresses" ;;
+    esac
 }
 
 complete -o default -F _vmsilo_vm_run vm-run

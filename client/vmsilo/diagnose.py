@@ -4,13 +4,16 @@ Only on the way to an error message, never on the warm path.
 """
 
 from vmsilo.bus import NOT_RUNNING_HINT, Bus, describe_end, unknown_vm
-from vmsilo.errors import ClientError, SocketClosedError
+from vmsilo.errors import ClientError, SocketClosedError, printable
 from vmsilo.names import list_names
 from vmsilo.place import Place
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
+
+UP = ("running", "stopping", "starting")
+LOSS_WAIT = 2.0  # seconds for vmsilod to find out that the VM has ended
 
 
 def explain(name: str, place: Place, closed: SocketClosedError) -> ClientError | None:
@@ -43,6 +46,32 @@ def _explain_vm(name: str, vm: "dict[str, Any]", closed: SocketClosedError) -> C
     if state in ("stopped", "stopping"):
         return None
     return ClientError(closed.fact, f"systemctl status vmsilo-relayd vmsilo-{name}-vm")
+
+
+def explain_loss(name: str, place: Place, lost: ClientError) -> ClientError:
+    """Why a command's connection ended under it: the VM's end, if that is what happened within LOSS_WAIT."""
+    import select
+    import time
+
+    deadline = time.monotonic() + LOSS_WAIT
+    try:
+        bus = Bus(place)
+        try:
+            bus.watch_states()
+            vm = bus.find_vm(name) or {}
+            while vm.get("State") in UP and (left := deadline - time.monotonic()) > 0:
+                if select.select([bus], [], [], left)[0] and any(n == name for n, _, _ in bus.read_states()):
+                    vm = bus.find_vm(name) or {}
+        finally:
+            bus.close()
+    except ClientError:
+        return lost  # the fact alone is true, too
+    if vm.get("State") == "starting":
+        return ClientError(f"{lost.fact}: the VM is starting again", f"vmsilo status {name}")
+    if vm.get("State") not in ("stopped", "failed", "broken"):
+        return lost
+    reason = printable(vm.get("LastResult") or "") or "the VM has stopped"
+    return ClientError(f"{lost.fact}: {reason}", f"vmsilo status {name}")
 
 
 def check_running(name: str, place: Place) -> None:

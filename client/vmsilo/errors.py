@@ -23,6 +23,10 @@ class UsageError(ClientError):
     """The command line is wrong."""
 
 
+class LostError(ClientError):
+    """The command had been started, and its connection ended: only the daemon knows why."""
+
+
 class SocketClosedError(ClientError):
     """The command socket is absent, refuses, or closed before it answered: only the daemon knows why."""
 

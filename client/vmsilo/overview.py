@@ -18,8 +18,11 @@ Usage: vmsilo COMMAND [ARGUMENT]...
 
   list [--json]           the VMs: state, VMM, memory, CPUs, time since start
   status [--json] [NAME]  the same; everything about one VM
+  memory NAME [SIZE]      a VM's memory, and a change of it; see vmsilo memory --help
   check [--json]          check the configuration
   image ...               build and list images; see vmsilo image --help
+  pci ...                 the PCI devices of the host; see vmsilo pci --help
+  usb ...                 USB devices of this computer in VMs; see vmsilo usb --help
   version                 print the version
   help                    this text
 
@@ -40,6 +43,18 @@ def main(argv: list[str], place: Place) -> int:
         return 0
     if command in ("check", "image"):
         return _become(f"{place.libdir}/bin/vmsilo-{command}", arguments)
+    if command == "memory":
+        from vmsilo import memory
+
+        return memory.main(arguments, place)
+    if command == "pci":
+        from vmsilo.pci import main as main_pci
+
+        return main_pci(arguments, place)
+    if command == "usb":
+        from vmsilo.usb import main as main_usb
+
+        return main_usb(arguments, place)
     if command not in ("list", "status"):
         raise UsageError(f"unknown command '{printable(command, 60)}'", "vmsilo help")
     options, rest = parse_options(arguments, ("--json", "--help", "-h"), ())
@@ -128,6 +143,8 @@ def _note(vm: "dict[str, Any]") -> str:
         )
     if vm.get("State") == "failed" and vm.get("LastResult"):
         notes.append(printable(vm["LastResult"], 100))
+        if vm.get("Status"):
+            notes.append(printable(vm["Status"], 100))
     elif vm.get("State") == "starting" and vm.get("Status"):
         notes.append(printable(vm["Status"], 100))
     return "; ".join(notes)

@@ -8,7 +8,14 @@ import os
 from vmsilo_wire.payload import Spawn, encode_spawn, is_env_name
 
 from vmsilo.command_socket import dial
-from vmsilo.errors import ClientError, SocketClosedError, StoppedMeanwhileError, UsageError, printable
+from vmsilo.errors import (
+    ClientError,
+    LostError,
+    SocketClosedError,
+    StoppedMeanwhileError,
+    UsageError,
+    printable,
+)
 from vmsilo.names import check_name
 from vmsilo.options import parse_escapes, parse_options, parse_seconds
 from vmsilo.place import Place
@@ -84,6 +91,17 @@ def main(argv: list[str], place: Place) -> int:
         # What the filter would remove is not asked for: programs then print plain lines.
         env.setdefault("TERM", os.environ.get("TERM", "dumb") if request.escapes else "dumb")
     wish = Wish(pty=pty is not None, detach=request.detach, escapes=request.escapes)
+    try:
+        return _run(request, env, pty, place, wish)
+    except LostError as lost:
+        from vmsilo.diagnose import explain_loss
+
+        raise explain_loss(request.name, place, lost) from lost
+
+
+def _run(
+    request: Request, env: dict[str, str], pty: tuple[int, int] | None, place: Place, wish: Wish
+) -> int:
     if request.root:
         return run_session(_open_as_root(request, env, pty, place), b"", wish)
     spawn = Spawn(request.argv, cwd=request.cwd, env=env, pty=pty, detach=request.detach)

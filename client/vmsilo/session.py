@@ -12,7 +12,7 @@ import time
 import vmsilo_wire as wire
 from vmsilo_wire import payload as wire_payload
 
-from vmsilo.errors import ClientError, printable
+from vmsilo.errors import ClientError, LostError, printable
 from vmsilo.frames import FrameReader, FrameWriter
 from vmsilo.outputs import Output, OutputClosedError
 from vmsilo.signals import SignalPipe
@@ -199,11 +199,9 @@ class Session:
         except OSError:
             count = 0
         if not count:
-            raise ClientError(
-                "the connection to the guest was lost"
-                if self._started
-                else "the guest closed the connection before it started the command"
-            )
+            if self._started:
+                raise LostError("the connection to the guest was lost")
+            raise ClientError("the guest closed the connection before it started the command")
         for kind, payload in self._reader.feed(self._buffer[:count]):
             if kind in (wire.STDOUT, wire.STDERR):
                 if not self._wish.detach:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from . import store, tools
 from .errors import ImageError
-from .initrd import build_initrd
+from .initrd import build_initrd, has_pmem
 from .progress import BootstrapOutput
 from .rootfs import EXCLUDED, configure_root
 from .tree import resolve_inside
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .rootfs import GuestFiles
 
 ROOT_IMAGE = "root.erofs"
+ROOT_ALIGNMENT = 2 << 20  # bytes; persistent memory of a VM comes in huge pages
 KERNEL = "vmlinuz"
 INITRD = "initrd"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -102,13 +103,14 @@ def _build(order: Order, progress: Progress, work: Path, log: Path) -> Path:
     progress.begin("configure")
     release, kernel = find_kernel(root)
     (ready / INITRD).write_bytes(build_initrd(root, release, order.guest.read("init")))
+    pmem = has_pmem(root, release)
     shutil.copyfile(kernel, ready / KERNEL)
     packages = count_packages(root)
     configure_root(root, release, order.recipe, order.guest, log)
     progress.begin("pack")
     pack_root(order.recipe, root, ready / ROOT_IMAGE, progress, log)
     progress.begin("publish")
-    version = write_manifest(order, ready, release, packages)
+    version = write_manifest(order, ready, KernelFacts(release, pmem=pmem), packages)
     for path in ready.iterdir():
         path.chmod(0o644)
     return store.publish(order.images, order.name, ready, version)
@@ -163,7 +165,8 @@ def pack_root(recipe: Recipe, root: Path, target: Path, progress: Progress, log:
     finally:
         over.set()
         watcher.join()
-    size = target.stat().st_size
+    size = -(-target.stat().st_size // ROOT_ALIGNMENT) * ROOT_ALIGNMENT
+    os.truncate(target, size)
     if size > recipe.size_limit:
         raise ImageError(
             f"the root image has {size >> 20} MiB, more than size_limit ({recipe.size_limit >> 20} MiB)",
@@ -171,7 +174,15 @@ def pack_root(recipe: Recipe, root: Path, target: Path, progress: Progress, log:
         )
 
 
-def write_manifest(order: Order, ready: Path, release: str, packages: int) -> str:
+@dataclass(frozen=True)
+class KernelFacts:
+    """`pmem`: it takes a root that is persistent memory."""
+
+    release: str
+    pmem: bool
+
+
+def write_manifest(order: Order, ready: Path, kernel: KernelFacts, packages: int) -> str:
     """Writes manifest.json and returns the version: time in UTC, then the start of a digest of the files."""
     digests = {path.name: hash_file(path) for path in sorted(ready.iterdir())}
     built = datetime.now(UTC)
@@ -182,7 +193,8 @@ def write_manifest(order: Order, ready: Path, release: str, packages: int) -> st
         "version": version,
         "suite": order.recipe.suite,
         "built": built.isoformat(timespec="seconds"),
-        "kernel": release,
+        "kernel": kernel.release,
+        "pmem": kernel.pmem,
         "packages": packages,
         "user": order.recipe.user,
         "uid": order.recipe.uid,

@@ -13,12 +13,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 MAGIC = b"070701"
 TRAILER = "TRAILER!!!"
 ALIGN = 4
 SECRET = re.compile(r"[0-9a-f]{64}")
+LOGIN = re.compile(r"[a-z_][a-z0-9_-]{0,30}")
+
+
+@dataclass(frozen=True)
+class SshKeys:
+    """What a guest's sshd gets from its host: its own private key, and for each login the public key (a line
+    of authorized_keys) that opens it."""
+
+    host: bytes
+    authorized: Mapping[str, bytes]
 
 
 @dataclass(frozen=True)
@@ -56,13 +66,27 @@ def newc_archive(entries: Iterable[Entry]) -> bytes:
     return bytes(out)
 
 
-def secret_archive(secret_hex: str) -> bytes:
-    """What the host appends to an image's initrd for one boot: /vmsilo/secret, mode 0400."""
+def secret_archive(secret_hex: str, ssh: SshKeys | None = None) -> bytes:
+    """What the host appends to an image's initrd for one boot: /vmsilo/secret, mode 0400, and the keys below
+    /vmsilo/ssh. sshd reads authorized keys, which are public, with the rights of the login."""
     if not SECRET.fullmatch(secret_hex):
         raise ValueError("a secret is 64 lower-case hexadecimal digits")
-    return newc_archive(
-        [directory("vmsilo", 0o700), regular("vmsilo/secret", secret_hex.encode() + b"\n", 0o400)]
-    )
+    entries = [directory("vmsilo", 0o711), regular("vmsilo/secret", secret_hex.encode() + b"\n", 0o400)]
+    if ssh is not None:
+        entries += [directory("vmsilo/ssh", 0o711), regular("vmsilo/ssh/host_key", ssh.host, 0o400)]
+        entries.append(directory("vmsilo/ssh/authorized", 0o711))
+        entries += [
+            regular(f"vmsilo/ssh/authorized/{check_login(login)}", line, 0o444)
+            for login, line in ssh.authorized.items()
+        ]
+    return newc_archive(entries)
+
+
+def check_login(login: str) -> str:
+    """The name itself; it becomes the name of a file."""
+    if not LOGIN.fullmatch(login):
+        raise ValueError(f"{login!r} is not the name of a login")
+    return login
 
 
 def pad(data: bytes, align: int = ALIGN) -> bytes:

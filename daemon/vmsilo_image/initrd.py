@@ -19,6 +19,9 @@ from .tree import resolve_inside
 if TYPE_CHECKING:
     from pathlib import Path
 
+# libcrc32c of a full Debian kernel, which erofs needs, does not load without the algorithm, and modules.dep
+# does not say so.
+FIRST_IF_THERE = ("crc32c_generic",)
 # Order is load order: the transports come last, so that a device finds its driver when it appears.
 WANTED = (
     "erofs",
@@ -34,10 +37,12 @@ WANTED = (
     "virtio_pci",
     "virtio_mmio",
 )
-# How a VMM hears of a panic; without it a panic looks like a reset, and a broken guest boots for ever.
-WANTED_IF_THERE = ("pvpanic_mmio", "pvpanic_pci")
+# The first two: how a VMM hears of a panic; without it a panic looks like a reset, and a broken guest boots
+# for ever. The others: a root that is persistent memory.
+PMEM = ("virtio_pmem", "nd_pmem")
+WANTED_IF_THERE = ("pvpanic_mmio", "pvpanic_pci", *PMEM)
 APPLETS = (
-    *("cat", "cttyhack", "insmod", "mkdir", "mount", "poweroff", "rm"),
+    *("cat", "cp", "cttyhack", "insmod", "mkdir", "mount", "poweroff", "rm"),
     *("setsid", "sh", "switch_root", "usleep"),
 )
 DIRECTORIES = ("bin", "dev", "modules", "new", "proc", "root", "rw", "sys")
@@ -73,8 +78,20 @@ def load_modules(root: Path, release: str) -> list[tuple[str, bytes]]:
         builtin = (base / "modules.builtin").read_text()
     except OSError as error:
         raise ImageError(f"the modules of kernel {release} cannot be read: {error.strerror}") from error
-    order = modules.plan_load_order(WANTED, dependencies, builtin, WANTED_IF_THERE)
+    order = modules.plan_load_order(WANTED, dependencies, builtin, WANTED_IF_THERE, FIRST_IF_THERE)
     return [(f"{modules.module_name(path)}.ko", uncompress(base / path)) for path in order]
+
+
+def has_pmem(root: Path, release: str) -> bool:
+    """Whether the initrd of this kernel finds a root that is persistent memory."""
+    base = resolve_inside(root, f"/lib/modules/{release}")
+    try:
+        modules.plan_load_order(
+            PMEM, (base / "modules.dep").read_text(), (base / "modules.builtin").read_text()
+        )
+    except ImageError:
+        return False
+    return True
 
 
 def uncompress(path: Path) -> bytes:

@@ -33,7 +33,11 @@ def parse_dependencies(text: str) -> dict[str, tuple[str, ...]]:
 
 
 def plan_load_order(
-    wanted: Iterable[str], dependencies: str, builtin: str, wanted_if_there: Iterable[str] = ()
+    wanted: Iterable[str],
+    dependencies: str,
+    builtin: str,
+    wanted_if_there: Iterable[str] = (),
+    first_if_there: Iterable[str] = (),
 ) -> list[str]:
     """Paths to load, dependencies first, each once, but for what the kernel has built in. A wanted module
     that the kernel knows neither way is an ImageError that names all such modules."""
@@ -43,7 +47,8 @@ def plan_load_order(
     order: list[str] = []
     missing: list[str] = []
     optional = [name for name in wanted_if_there if name in paths]
-    for raw in (*wanted, *optional):
+    first = [name for name in first_if_there if name in paths]
+    for raw in (*first, *wanted, *optional):
         name = raw.replace("-", "_")
         if name in paths:
             path = paths[name]

@@ -102,6 +102,7 @@ def configure_root(root: Path, release: str, recipe: Recipe, guest: GuestFiles, 
         write_file(root, path, data, 0o444 if path == "/etc/machine-id" else 0o644)
     install_agent(root, guest, log)
     install_units(root, guest)
+    install_sshd(root, guest)
     install_console_login(root, guest, recipe.user)
     trim_root(root, release)
     install_user(root, recipe, log)
@@ -137,6 +138,17 @@ def install_units(root: Path, guest: GuestFiles) -> None:
     wants = f"{USER_UNITS}/default.target.wants/vmsilo-session.service"
     write_link(root, wants, "../vmsilo-session.service")
     write_link(root, f"{SYSTEM_UNITS}/default.target", "/usr/lib/systemd/system/multi-user.target")
+
+
+def install_sshd(root: Path, guest: GuestFiles) -> None:
+    """sshd on vsock (systemd-ssh-generator listens), with keys that come with each boot and none of the
+    image's: those would be the same in all its VMs."""
+    write_file(root, f"{HOME}/sshd_config", guest.read("sshd_config"))
+    write_file(root, f"{SYSTEM_UNITS}/sshd-vsock@.service", guest.read("sshd-vsock@.service"))
+    write_file(root, f"{SYSTEM_UNITS}/sshd-vsock.socket.d/vmsilo.conf", guest.read("sshd-vsock.conf"))
+    folder = resolve_inside(root, "/etc/ssh")
+    for key in folder.glob("ssh_host_*"):
+        key.unlink()
 
 
 def install_console_login(root: Path, guest: GuestFiles, user: str) -> None:

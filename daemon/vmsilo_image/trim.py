@@ -44,11 +44,13 @@ MASKED = (
     # udev loads what there is a device for; its static nodes are a file since the image was built.
     *("modprobe@.service", "kmod-static-nodes.service", "systemd-tmpfiles-setup-dev-early.service"),
     "systemd-udev-load-credentials.service",
+    # sshd is there for the host, over vsock: not on a network of the VM, not for the guest's own users.
+    *("ssh.service", "ssh.socket", "sshd.service", "sshd-unix-local.socket", "sshd-keygen.service"),
 )
 # Each is a process at every boot. systemd-debug-generator stays: systemd.debug_shell=ttyS0 is the way to a
 # shell.
 GENERATORS = (
-    *("cryptsetup", "getty", "gpt-auto", "hibernate-resume", "integritysetup", "rc-local", "run", "ssh"),
+    *("cryptsetup", "getty", "gpt-auto", "hibernate-resume", "integritysetup", "rc-local", "run"),
     *("system-update", "sysv", "tpm2", "veritysetup"),
 )
 USER_GENERATORS = ("xdg-autostart",)

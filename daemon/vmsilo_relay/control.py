@@ -44,6 +44,7 @@ FDS_MAX = 4
 ID_MAX = 2**53  # what every JSON reader keeps exactly
 REQUESTS_PER_WAKEUP = 16
 ERRANDS_MAX = 256
+DIAL_PORTS = frozenset({22})  # the guest's sshd
 
 
 class ControlSocket:
@@ -196,6 +197,15 @@ class Controller:
                 raise Refusal("bad-request", "first is not base64") from exc
         self._start(Errand(self._context, vm, vm.hello(role) + first, self._on_outcome), request)
 
+    def _dial(self, request: dict[str, object], _fds: list[int]) -> None:
+        """A connection on which nothing was said, to one of the few ports that are not the agent's."""
+        check_keys(request, ("id", "op", "name", "port"))
+        vm = self._take_vm(request)
+        port = take_int(request, "port", 1, 2**32 - 2)
+        if port not in DIAL_PORTS:
+            raise Refusal("bad-request", f"port {port} is not one that is dialled")
+        self._start(Errand(self._context, vm, b"", self._on_outcome, port=port), request)
+
     def _poweroff(self, request: dict[str, object], _fds: list[int]) -> None:
         check_keys(request, ("id", "op", "name"))
         vm = self._take_vm(request)
@@ -284,6 +294,7 @@ ORDERS = {
     "list": Controller._list,
     "subscribe": Controller._subscribe,
     "connect": Controller._connect,
+    "dial": Controller._dial,
     "poweroff": Controller._poweroff,
 }
 

@@ -1,4 +1,4 @@
-"""One connection to a guest agent, from the first connect until the first frames are written.
+"""One connection to a guest, mostly to its agent, from the first connect until the first frames are written.
 
 Owned by whoever wants the connection (a command client or a control request), who cancels it when the want
 ends. Works for kernel and for hybrid vsock. Never blocks and never reads a byte that the agent sent: in
@@ -62,7 +62,10 @@ class Dial:
         channel: Channel,
         frames: bytes,
         done: Callable[[socket.socket | None, str], None],
+        *,
+        port: int = AGENT_PORT,
     ) -> None:
+        self._port = port
         self._context = context
         self._channel = channel
         self._frames = frames
@@ -103,13 +106,13 @@ class Dial:
     def _open(self) -> None:
         if isinstance(self._channel, HybridChannel):
             self._sock = open_hybrid(self._channel)
-            self._phase, self._out = GREETING, memoryview(b"CONNECT %d\n" % AGENT_PORT)
+            self._phase, self._out = GREETING, memoryview(b"CONNECT %d\n" % self._port)
             self._answer = b""
             self._send()
             return
         sock = socket.socket(socket.AF_VSOCK, STREAM)
         self._sock, self._phase = sock, CONNECTING
-        error = sock.connect_ex((self._channel.cid, AGENT_PORT))
+        error = sock.connect_ex((self._channel.cid, self._port))
         if error == errno.EINPROGRESS:
             self._watch(WRITE)
         elif error:

@@ -1,4 +1,4 @@
-"""What vmsilod asks relayd to do with one agent: connect for a D-Bus caller, or ask for power-off.
+"""What vmsilod asks relayd to do with one guest: connect for a D-Bus caller, or ask for power-off.
 
 An Errand belongs to the Controller that started it and is listed with its VM, so that a removal ends it. Its
 outcome is reported once.
@@ -6,7 +6,7 @@ outcome is reported once.
 
 from __future__ import annotations
 
-from vmsilo_wire import ERROR, POWEROFF, encode_frame
+from vmsilo_wire import AGENT_PORT, ERROR, POWEROFF, encode_frame
 
 from vmsilo_relay import journal
 from vmsilo_relay.dial import Dial
@@ -33,18 +33,25 @@ class Errand:
     With `waits` the errand ends when the agent closes or says something, and no socket is reported.
     """
 
-    def __init__(self, context: Context, vm: Vm, frames: bytes, report: Report) -> None:
+    def __init__(
+        self, context: Context, vm: Vm, frames: bytes, report: Report, *, port: int = AGENT_PORT
+    ) -> None:
         self._context = context
         self._vm = vm
         self._report: Report | None = report
-        self._dial = Dial(context, vm.record.channel, frames, self._on_dialled)
+        self._port = port
+        self._dial = Dial(context, vm.record.channel, frames, self._on_dialled, port=port)
         self._agent: socket.socket | None = None
         self._timer: Timer | None = None
         self.waits = False
 
     def start(self) -> None:
         self._vm.clients.add(self)
-        self._dial.start(self._context.limits.poweroff_dial_seconds if self.waits else None)
+        limits = self._context.limits
+        if self._port != AGENT_PORT:
+            self._dial.start(limits.port_dial_seconds)
+        else:
+            self._dial.start(limits.poweroff_dial_seconds if self.waits else None)
 
     def on_change(self) -> None:
         """An errand does not wait for readiness: vmsilod knows when to ask."""
@@ -58,7 +65,8 @@ class Errand:
 
     def _on_dialled(self, agent: socket.socket | None, reason: str) -> None:
         if agent is None:
-            self.refuse("agent-unreachable", f"the agent of {self._vm.name} can't be reached: {reason}")
+            what = "the agent" if self._port == AGENT_PORT else f"vsock port {self._port}"
+            self.refuse("agent-unreachable", f"{what} of {self._vm.name} can't be reached: {reason}")
         elif not self.waits:
             self._finish(None, agent)
         else:

@@ -80,6 +80,12 @@ class ConfigBroken(VmsiloError):
     default_code = "config-broken"
 
 
+class NoSsh(VmsiloError):
+    """The VM runs, but cannot be logged in to by ssh."""
+
+    default_code = "no-ssh"
+
+
 class Failed(VmsiloError):
     """What should have worked did not. Its text is written for the user, never copied from an exception."""
 
@@ -104,6 +110,7 @@ WIRE = {
     Timeout: Wire(_PREFIX + "Timeout", Kind.SHOWN),
     NotRunning: Wire(_PREFIX + "NotRunning", Kind.SHOWN),
     ConfigBroken: Wire(_PREFIX + "ConfigBroken", Kind.SHOWN),
+    NoSsh: Wire(_PREFIX + "NoSsh", Kind.SHOWN),
     Failed: Wire(_PREFIX + "Failed", Kind.BUG),
 }
 _BY_CODE: dict[str, type[VmsiloError]] = {kind.default_code: kind for kind in WIRE}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import grp
 import os
 import pwd
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from vmsilod.resources import vsock
 from vmsilod.vmm.choose import KvmStatus, probe_kvm
 
 RELAY_GROUP = "vmsilo"
+SECURITY_MODULES = Path("/sys/kernel/security/lsm")
+LANDLOCK_SINCE = (6, 2)  # ABI 3, which cloud-hypervisor insists on
 LIBDIR = Path(os.environ.get("VMSILO_LIBDIR", "/usr/local/lib/vmsilo"))
 
 
@@ -28,6 +31,7 @@ class Host:
     hybrid_device: str | None
     groups: frozenset[str]
     kvm: KvmStatus
+    landlock: bool = False
 
     @property
     def hybrid(self) -> bool:
@@ -49,7 +53,17 @@ def probe_host() -> Host:
     kernel = vsock.has_kernel_vsock()
     hybrid = None if kernel else vsock.find_hybrid_device()
     groups = frozenset(group.gr_name for group in grp.getgrall())
-    return Host(relay_gid, kernel, hybrid, groups, kvm=probe_kvm())
+    return Host(relay_gid, kernel, hybrid, groups, kvm=probe_kvm(), landlock=has_landlock())
+
+
+def has_landlock(modules: Path = SECURITY_MODULES, release: str | None = None) -> bool:
+    """Whether this kernel has Landlock, switched on and new enough for cloud-hypervisor."""
+    found = re.match(r"([0-9]+)\.([0-9]+)", release or os.uname().release)
+    try:
+        active = modules.read_text().strip().split(",")
+    except OSError:
+        return False
+    return "landlock" in active and found is not None and (int(found[1]), int(found[2])) >= LANDLOCK_SINCE
 
 
 def find_uid(user: str) -> int:

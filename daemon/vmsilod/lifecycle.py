@@ -15,24 +15,25 @@ import time
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-from vmsilod import loop
+from vmsilod import loop, ssh_login
 from vmsilod.bus.views import Reloaded, VmRemoved, printable
 from vmsilod.errors import Busy, ConfigBroken, Failed, NotRunning, StartFailed, Timeout, VmsiloError
+from vmsilod.memory import read_memory, resize_memory
 from vmsilod.spawning import send_frame, spawn_frame
 from vmsilod.systemd import INACTIVE
 from vmsilod.vm_view import view_of
-from vmsilod.vmm import drivers
-from vmsilod.vmm.choose import VmmKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from vmsilod.bus.requests import RunRequest
+    from vmsilod.bus.requests import RunRequest, SshRequest
     from vmsilod.bus.views import Change, VmView
+    from vmsilod.holders import Holders
+    from vmsilod.pci.ledger import PciView
     from vmsilod.publication import Publication
     from vmsilod.registry import Registry, Vm
     from vmsilod.runs import Runs
-    from vmsilod.systemd import Systemd, UnitState
+    from vmsilod.systemd import Systemd
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +43,18 @@ DEFAULT_START_SECONDS = 180.0
 class Lifecycle:
     """`bus.service.Domain` over the registry; tells each subscriber of every change."""
 
-    def __init__(self, registry: Registry, systemd: Systemd, runs: Runs, publication: Publication) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        systemd: Systemd,
+        holders: Holders,
+        runs: Runs,
+        publication: Publication,
+    ) -> None:
+        self.usb = holders.usb
         self._registry = registry
+        self._endings = holders.endings
+        self._pci = holders.pci
         self._systemd = systemd
         self._runs = runs
         self._publication = publication
@@ -64,10 +75,12 @@ class Lifecycle:
         vm = self._registry.require(name)
         if vm.config is None and not vm.is_up:
             raise ConfigBroken(f"VM '{name}' is disabled: {'; '.join(vm.problems)}", "vmsilo check")
+        await self._endings.cancel(vm)
+        before = vm.last
         result = await self._systemd.start(vm.service)
         await self._refresh(vm)
         if result != "done":
-            reason = vm.last_result or f"systemd says '{result}'"
+            reason = (vm.last_result if vm.last is not before else "") or f"systemd says '{result}'"
             raise StartFailed(f"VM '{name}' failed to start: {reason}", f"journalctl -u {vm.service}")
         if wait:
             await self._await_ready(vm)
@@ -78,6 +91,7 @@ class Lifecycle:
         if timeout is not None and started is not None:
             timeout = min(timeout, started.stop_timeout)  # the unit's TimeoutStopSec= is made for that one
             vm.stop_deadline = timeout
+        await self._endings.cancel(vm)
         try:
             for unit in (vm.service, vm.debug_service) if vm.debug else (vm.service,):
                 result = await self._systemd.stop(unit)
@@ -88,13 +102,16 @@ class Lifecycle:
             await self._settle(vm)
         finally:
             vm.stop_deadline = None
+            await self._endings.cancel(vm)  # it may have crashed as the stop began
 
     async def kill(self, name: str) -> None:
         vm = self._registry.require(name)
+        await self._endings.cancel(vm)
         unit = vm.debug_service if vm.debug else vm.service
         if not (await self._systemd.state(unit)).is_up:
             return
         vm.killing = True
+        await self._endings.mark_stopping(vm)
         try:
             stopped = loop.spawn(self._systemd.stop(unit))
             try:
@@ -105,6 +122,7 @@ class Lifecycle:
             await self._settle(vm)
         finally:
             vm.killing = False
+            await self._endings.cancel(vm)
 
     async def restart(self, name: str, timeout: int | None) -> None:
         await self.stop(name, timeout)
@@ -114,11 +132,7 @@ class Lifecycle:
         """The descriptor of a connection on which the agent already has the command."""
         vm = self._registry.require(request.name)
         frame = spawn_frame(request)
-        if not vm.is_up:
-            if not request.start:
-                raise NotRunning(f"VM '{vm.name}' is not running", f"vm-start {vm.name}")
-            await self.start(vm.name, wait=False)
-        await self._await_ready(vm)
+        await self._bring_up(vm, may_start=request.start)
         fd = await self._runs.relay.connect(vm.name, "root" if request.root else "user")
         try:
             await loop.in_worker(send_frame, fd, frame)
@@ -127,11 +141,39 @@ class Lifecycle:
             raise
         return fd
 
+    async def read_memory(self, name: str) -> dict[str, int]:
+        return await read_memory(self._registry.require(name))
+
+    async def resize_memory(self, name: str, size: int) -> dict[str, int]:
+        return await resize_memory(self._registry.require(name), size)
+
+    async def open_ssh(self, request: SshRequest) -> tuple[int, int, str, str]:
+        """What a login by ssh needs: connection and private key (descriptors), the login, the host key."""
+        vm = self._registry.require(request.name)
+        await self._bring_up(vm, may_start=request.start)
+        return await ssh_login.open_login(vm, request, self._runs.relay)
+
+    async def _bring_up(self, vm: Vm, *, may_start: bool) -> None:
+        if not vm.is_up:
+            if not may_start:
+                raise NotRunning(f"VM '{vm.name}' is not running", f"vm-start {vm.name}")
+            await self.start(vm.name, wait=False)
+        await self._await_ready(vm)
+
     async def reload(self) -> list[str]:
         return [str(problem) for problem in await self._publication.reload()]
 
     async def check(self) -> list[dict[str, str]]:
         return await self._publication.check()
+
+    async def find_pci(self) -> list[PciView]:
+        return await self._pci.find_views()
+
+    async def claim_pci(self, address: str) -> None:
+        await self._pci.claim(address)
+
+    async def release_pci(self, address: str) -> str:
+        return await self._pci.give_back(address)
 
     async def start_debug(self, name: str, fds: Sequence[int]) -> str:
         """Start the VM in its debug unit with its console on `fds` (three; ours from here on)."""
@@ -147,6 +189,8 @@ class Lifecycle:
             for fd in fds:
                 os.close(fd)
         vm.debug = True
+        before = vm.last
+        await self._endings.cancel(vm)
         result = "failed"
         try:
             result = await self._systemd.start(vm.debug_service)
@@ -157,7 +201,7 @@ class Lifecycle:
             if result != "done":
                 await self._restore_socket(vm)
         if result != "done":
-            reason = vm.last_result or f"systemd says '{result}'"
+            reason = (vm.last_result if vm.last is not before else "") or f"systemd says '{result}'"
             raise StartFailed(f"VM '{name}' failed to start: {reason}", f"journalctl -u {vm.debug_service}")
         return vm.debug_service
 
@@ -220,6 +264,7 @@ class Lifecycle:
         if problems is not None:
             self._tell(Reloaded(len(list(self._registry)), problems))
         for name in self._registry.drop_gone():
+            loop.spawn(self._endings.forget(name))
             self._tell(VmRemoved(name))
         for vm in self._registry:
             self.changed(vm)
@@ -239,8 +284,9 @@ class Lifecycle:
     async def _take_over(self, vm: Vm) -> None:
         was_up = vm.is_up
         vm.unit = await self._systemd.state(vm.debug_service if vm.debug else vm.service)
+        if not vm.is_up and (vm.record is not None or vm.unit.active == "failed"):
+            await self._endings.tell(vm)
         if not vm.is_up and vm.record is not None:
-            vm.last_result = explain(vm, vm.unit)
             debug, killed = vm.debug, vm.killing
             await self._runs.release(vm)
             if (killed or debug) and vm.unit.active == "failed":
@@ -290,20 +336,3 @@ class Lifecycle:
             if unit.startswith("vmsilo-") and unit.endswith(suffix):
                 return self._registry.find(unit.removeprefix("vmsilo-").removesuffix(suffix))
         return None
-
-
-def explain(vm: Vm, unit: UnitState) -> str:
-    """How the run ended, for people; "" for a plain stop."""
-    if vm.killing:
-        return "killed on request"
-    if vm.record is None or not vm.record.launched:
-        return vm.last_result
-    if unit.result == "timeout":
-        return "the guest did not shut down in time and was killed"
-    exited = unit.exit_code == os.CLD_EXITED
-    driver = drivers.DRIVERS[VmmKind(vm.record.vmm)]
-    outcome = driver.explain_exit(
-        unit.exit_status if exited else None, None if exited else unit.exit_status, guest_ran=vm.agent
-    )
-    stopped_by_us = unit.result == "success"
-    return "" if stopped_by_us and outcome.kind.value in ("stopped", "killed") else outcome.message

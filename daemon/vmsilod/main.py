@@ -23,13 +23,18 @@ from vmsilod.bus.polkit import Polkit
 from vmsilod.config.load import DEFAULT_ROOTS
 from vmsilod.consoles import Consoles
 from vmsilod.control import ControlServer
+from vmsilod.endings import Endings
 from vmsilod.errors import VmsiloError
+from vmsilod.holders import Holders
 from vmsilod.lifecycle import Lifecycle
+from vmsilod.pci.claims import PciClaims
 from vmsilod.publication import Publication
 from vmsilod.registry import Registry
 from vmsilod.relay_client import RelayClient
 from vmsilod.runs import Runs
 from vmsilod.systemd import Systemd
+from vmsilod.usb.attachments import UsbAttachments
+from vmsilod.usb.watch import UsbWatch
 from vmsilod.watch import ConfigurationWatch
 
 if TYPE_CHECKING:
@@ -50,22 +55,26 @@ class Daemon:
         self._con = service.connect()
         self._registry = Registry()
         self._systemd = Systemd(self._con, lambda unit: self._lifecycle.unit_changed(unit))
-        self._publication = Publication(self._registry, self._systemd)
         self._consoles = Consoles(self._registry)
-        self._runs = Runs(
-            self._registry, self._systemd, self._consoles, lambda vm: self._lifecycle.changed(vm)
-        )
-        self._lifecycle = Lifecycle(self._registry, self._systemd, self._runs, self._publication)
+        self._endings = Endings(self._registry, self._systemd, lambda vm: self._lifecycle.changed(vm))
+        self._pci = PciClaims(self._systemd.start)
+        self._usb = UsbAttachments(self._registry)
+        self._publication = Publication(self._registry, self._systemd, self._pci)
+        holders = Holders(self._consoles, self._endings, self._pci, self._usb)
+        self._runs = Runs(self._registry, self._systemd, holders, lambda vm: self._lifecycle.changed(vm))
+        self._lifecycle = Lifecycle(self._registry, self._systemd, holders, self._runs, self._publication)
         self._publication.on_applied = self._take_over
         self._control_socket = control
 
     async def start(self) -> None:
         """Repair first, then take over the configuration, then let others in."""
         await self._systemd.subscribe()
+        await self._endings.load()
         await self._runs.repair()
         await self._lifecycle.refresh_all()
         await self._publication.reload()
         await self._lifecycle.refresh_all()
+        await self._usb.load()
         self._relay = RelayClient(self._lifecycle.relay_event, lambda: _start(self._runs.agree_with_relay()))
         self._runs.use_relay(self._relay)
         self._relay.open()
@@ -75,7 +84,11 @@ class Daemon:
             self._con, self._lifecycle, Polkit(self._con), version=VERSION, on_closed=self._lost_bus
         )
         self._watch = ConfigurationWatch(DEFAULT_ROOTS, lambda: _start(self._publication.reload()))
+        await self._endings.resume()
         notify("READY=1")
+        _start(self._usb.repair())  # it asks the VMMs, and one that hangs must not keep the others waiting
+        self._lifecycle.subscribe(self._usb.vm_changed)
+        self._usb_watch = UsbWatch(self._usb.refresh)
         await self._publication.start_autostart_vms()
 
     def _take_over(self, problems: int) -> None:

@@ -11,16 +11,19 @@ import secrets
 import socket
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inotify_simple import INotify, flags
 
 from vmsilod.errors import StartFailed
-from vmsilod.resources import image, record, rundir, vsock
+from vmsilod.resources import image, record, rundir, ssh_keys, vhost_user, vsock
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
+
+    from vmsilod.resources.vhost_user import Account
 
 SECRET_BYTES = 32
 HYBRID_READY_SECONDS = 10.0
@@ -28,7 +31,11 @@ HYBRID_READY_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Request:
-    """Who starts what: `uid`/`gid` are the VM's own, taken from the launcher's credentials."""
+    """Who starts what: `uid`/`gid` are the VM's own, taken from the launcher's credentials.
+
+    `builtin_vsock`: the VMM has a hybrid vsock of its own. `opens_as`: it opens disks and sockets once more
+    by itself, as this account; None for one that uses the descriptors.
+    """
 
     name: str
     uid: int
@@ -38,6 +45,10 @@ class Request:
     boot: image.BootChoice
     root_readonly: bool
     monitor_kind: socket.SocketKind
+    builtin_vsock: bool = False
+    opens_as: Account | None = None
+    vhost_user: tuple[str, ...] = ()
+    ssh: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,8 @@ class Acquired:
     monitor_fd: int
     device_fd: int | None
     host_port_fd: int | None
+    root_pmem: bool = False
+    vhost_user_fds: list[int] = field(default_factory=list)
 
     def channel(self, uid: int) -> dict[str, Any]:
         """How the relay reaches the guest."""
@@ -72,7 +85,7 @@ class Acquired:
             self.device_fd,
             self.host_port_fd,
         )
-        return [fd for fd in every if fd is not None]
+        return [*(fd for fd in every if fd is not None), *self.vhost_user_fds]
 
 
 def acquire(request: Request) -> Acquired:
@@ -91,10 +104,17 @@ def acquire(request: Request) -> Acquired:
         kernel_fd = keep(image.open_file(files.kernel))
         root_fd = keep(image.open_file(files.root, writable=not request.root_readonly))
         plain_kernel = request.boot.kernel is not None and files.initrd is None
-        initrd_fd = None if plain_kernel else keep(image.make_initrd(files.initrd, secret))
+        shelf = directory if request.opens_as is not None else None
+        ssh = ssh_keys.prepare_keys(request.name, files.login) if request.ssh else None
+        initrd_fd = None if plain_kernel else keep(image.make_initrd(files.initrd, secret, ssh, shelf))
         monitor_fd = keep(rundir.bind_listener(directory / "monitor.sock", request.monitor_kind, 0o600))
+        vhost_user_fds = [keep(fd) for fd in _open_vhost_user(request)]
+        if request.opens_as is not None:
+            vhost_user.require_disk_access(
+                files.root, root_fd, request.opens_as, writable=not request.root_readonly
+            )
         device_fd = host_port_fd = None
-        if request.hybrid:
+        if request.hybrid or request.builtin_vsock:
             cid = vsock.HYBRID_CID
             folder = rundir.create_vsock_dir(directory)
             path = folder / f"vsock_{vsock.HOST_PORT}"
@@ -107,8 +127,23 @@ def acquire(request: Request) -> Acquired:
             keep(device_fd)
         stack.pop_all()
         return Acquired(
-            secret, cid, directory, files, kernel_fd, initrd_fd, root_fd, monitor_fd, device_fd, host_port_fd
+            *(secret, cid, directory, files, kernel_fd, initrd_fd, root_fd, monitor_fd),
+            *(device_fd, host_port_fd),
+            root_pmem=request.root_readonly and image.is_pmem(files, root_fd),
+            vhost_user_fds=vhost_user_fds,
         )
+
+
+def _open_vhost_user(request: Request) -> Iterator[int]:
+    """One after the other, so that the caller keeps each before the next can fail."""
+    for name in request.vhost_user:
+        path = Path(name)
+        if request.opens_as is None:
+            yield vhost_user.connect_socket(path)
+            continue
+        fd = vhost_user.open_socket(path)
+        yield fd
+        vhost_user.require_socket_access(path, fd, request.opens_as)
 
 
 def await_socket(path: Path) -> None:

@@ -19,10 +19,12 @@ from vmsilod.config.load import load_configuration
 from vmsilod.config.schema import RESERVED_NAMES
 from vmsilod.errors import VmsiloError
 from vmsilod.host import LIBDIR, Host, find_uid, probe_host
+from vmsilod.resources import ssh_keys
 from vmsilod.resources.vsock import HYBRID_CID
 from vmsilod.units import files as unit_files
 from vmsilod.units.render import RenderedUnits, UnitContext, UnitPaths, command_socket, render_units
 from vmsilod.vmm.choose import VmmKind, choose_vmm
+from vmsilod.vmm.drivers import DRIVERS
 from vmsilod.vmm.errors import KvmNeeded, MissingVmm
 from vmsilod.waiting import Lock
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from vmsilod.config.load import Configuration
     from vmsilod.config.model import VmConfig
     from vmsilod.config.problems import Problem
+    from vmsilod.pci.claims import PciClaims
     from vmsilod.registry import Registry, Vm
     from vmsilod.systemd import Systemd
 
@@ -46,8 +49,9 @@ class Publication:
     taken over.
     """
 
-    def __init__(self, registry: Registry, systemd: Systemd) -> None:
+    def __init__(self, registry: Registry, systemd: Systemd, pci: PciClaims) -> None:
         self._registry = registry
+        self._pci = pci
         self._systemd = systemd
         self._lock = Lock()
         self.on_applied: Callable[[int], None] = lambda _problems: None
@@ -63,6 +67,8 @@ class Publication:
                 log.warning("%s", problem)
             await loop.in_worker(apply_rules, configuration)
             await self._publish(configuration)
+        if configuration.settings is not None:  # a broken file gives nothing to the host
+            await self._pci.isolate(configuration.settings.isolated_pci_devices)
         self.on_applied(len(configuration.problems))
         return list(configuration.problems)
 
@@ -111,6 +117,8 @@ class Publication:
         )
         change = await loop.in_worker(unit_files.write_units, wanted, keep)
         await self._forget(change.removed)
+        # Under the lock: no VM can come back in the meantime and make new ones.
+        await loop.in_worker(ssh_keys.keep_only, self._registry.names_in_use())
         # The first time always: the last vmsilod may have died between its writing and its reload.
         if change.any or not self._published:
             await self._systemd.reload()
@@ -173,15 +181,15 @@ def context_for(config: VmConfig, host: Host) -> UnitContext:
     try:
         kind = choose_vmm(config.vmm, kvm=host.kvm.usable).kind
     except (MissingVmm, KvmNeeded):
-        kind = VmmKind.CROSVM if config.vmm == "crosvm" else VmmKind.QEMU
+        kind = VmmKind.QEMU if config.vmm == "auto" else VmmKind(config.vmm)
     paths = UnitPaths(libdir=str(LIBDIR))
     if host.hybrid_device:
         paths = dataclasses.replace(paths, vhost_device_vsock=host.hybrid_device)
     return UnitContext(
         owner=config.user,
-        vmm="crosvm" if kind is VmmKind.CROSVM else "qemu",
+        vmm=kind.value,
         groups=host.groups,
-        hybrid_cid=HYBRID_CID if host.hybrid else None,
+        hybrid_cid=HYBRID_CID if host.hybrid and not DRIVERS[kind].builtin_vsock else None,
         paths=paths,
     )
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from vmsilod.config.model import VmConfig
 from vmsilod.errors import NoSuchVm
 from vmsilod.systemd import INACTIVE, UnitState
+from vmsilod.vmm.outcome import Outcome, OutcomeKind
 from vmsilod.waiting import Lock
 
 if TYPE_CHECKING:
@@ -39,15 +40,23 @@ class Vm:
     ready: bool = False
     was_ready: bool = False  # at least once in this run
     status: str = ""
-    last_result: str = ""
+    last: Outcome | None = None  # how the last run ended
+    planned: str = ""  # what is to happen by itself while it does not run
     cid_fd: int | None = (
         None  # vhost-vsock descriptor that reserves the CID until the relay has forgotten it
     )
-    vmm: Literal["crosvm", "qemu"] | None = None  # what its unit was written for
+    vmm: Literal["crosvm", "qemu", "cloud-hypervisor"] | None = None  # what its unit was written for
     killing: bool = False
     stop_deadline: float | None = None
     lock: Lock = field(default_factory=Lock)
     waiters: list[Future[None]] = field(default_factory=list)
+
+    @property
+    def last_result(self) -> str:
+        """For people; "" where the run ended as somebody wished."""
+        if self.last is None or self.last.kind in (OutcomeKind.STOPPED, OutcomeKind.POWERED_OFF):
+            return ""
+        return self.last.text
 
     @property
     def service(self) -> str:
@@ -141,6 +150,10 @@ class Registry:
         for vm in list(self._vms.values()):
             if vm.name not in names:
                 vm.config, vm.configured, vm.problems = None, False, ("its configuration file is gone",)
+
+    def names_in_use(self) -> frozenset[str]:
+        """The VMs that are configured, however badly, or still hold something."""
+        return frozenset(vm.name for vm in self if vm.configured or vm.is_up or vm.record is not None)
 
     def drop_gone(self) -> list[str]:
         """Remove and name the VMs that are neither configured nor running."""

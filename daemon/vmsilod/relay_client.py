@@ -11,7 +11,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from vmsilod.errors import Failed
-from vmsilod.order_socket import OrderSocket
+from vmsilod.order_socket import Answer, OrderSocket
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -48,12 +48,21 @@ class RelayClient:
 
     async def connect(self, name: str, role: str) -> int:
         """A descriptor connected to the guest agent, authenticated for the role; the caller owns it."""
-        _, fds = await self._ask({"op": "connect", "name": name, "role": role})
-        if len(fds) != 1:
-            for fd in fds:
-                os.close(fd)
-            raise Failed("the relay answered without a descriptor")
-        return fds[0]
+        return take_one(await self._ask({"op": "connect", "name": name, "role": role}))
+
+    async def dial(self, name: str, port: int) -> int:
+        """A descriptor connected to a vsock port of the guest, nothing said yet; the caller owns it."""
+        return take_one(await self._ask({"op": "dial", "name": name, "port": port}))
 
     async def power_off(self, name: str) -> None:
         await self._ask({"op": "poweroff", "name": name})
+
+
+def take_one(answer: Answer) -> int:
+    """The answer's descriptor, which the taker owns."""
+    _, fds = answer
+    if len(fds) != 1:
+        for fd in fds:
+            os.close(fd)
+        raise Failed("the relay answered without a descriptor")
+    return fds[0]

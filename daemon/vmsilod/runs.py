@@ -18,13 +18,15 @@ from vmsilod.bus.views import printable
 from vmsilod.consoles import console_of, split_passed
 from vmsilod.control import Peer, Prepared
 from vmsilod.errors import BadRequest, ConfigBroken, StartFailed, VmsiloError
-from vmsilod.host import LIBDIR, find_uid, probe_host
+from vmsilod.host import find_uid, probe_host
 from vmsilod.resources import record as records
 from vmsilod.resources import rundir, vsock
 from vmsilod.resources.image import BootChoice
 from vmsilod.resources.record import Record
+from vmsilod.resources.vhost_user import Account, find_groups
+from vmsilod.shapes import leases_of, shape_of
 from vmsilod.units.render import vsock_unit
-from vmsilod.vmm import drivers, launch
+from vmsilod.vmm import drivers
 from vmsilod.vmm.choose import TCG_WARNING, VmmKind, choose_vmm
 from vmsilod.vmm.crosvm import find_disk_format
 from vmsilod.vmm.errors import MonitorError
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmsilod.config.model import VmConfig
-    from vmsilod.consoles import Consoles
+    from vmsilod.holders import Holders
     from vmsilod.registry import Registry, Vm
     from vmsilod.relay_client import RelayClient
     from vmsilod.systemd import Systemd
@@ -41,18 +43,19 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DISK_HEAD = 64  # bytes; the longest magic that crosvm knows is shorter
-EMPTY_DIR = LIBDIR / "empty"  # crosvm's pivot root: Debian has no /var/empty
 
 
 class Runs:
     """Leases of all running VMs."""
 
     def __init__(
-        self, registry: Registry, systemd: Systemd, consoles: Consoles, on_change: Callable[[Vm], None]
+        self, registry: Registry, systemd: Systemd, holders: Holders, on_change: Callable[[Vm], None]
     ) -> None:
         self._registry = registry
         self._systemd = systemd
-        self._consoles = consoles
+        self._consoles = holders.consoles
+        self._endings = holders.endings
+        self._pci = holders.pci
         self._on_change = on_change
         self._relay: RelayClient | None = None
         self._vsock_listening = False
@@ -74,6 +77,7 @@ class Runs:
         same cgroup, under the same uid, but its unit has started, so it gets nothing.
         """
         vm = self._registry.require(peer.name)
+        await self._endings.admit(vm, peer.unit, peer.pid)
         async with vm.lock:
             state = await self._systemd.state(peer.unit)
             if state.active != "activating" or state.main_pid != peer.pid:
@@ -95,7 +99,7 @@ class Runs:
                 return await self._prepare(vm, vm.config, peer, state.invocation, fds)
             except VmsiloError as error:
                 await self._abandon(vm, state.invocation)
-                vm.last_result = error.message + (f" ({error.hint})" if error.hint else "")
+                await self._endings.start_failed(vm, state.invocation, error)
                 raise
             except BaseException:
                 await self._abandon(vm, state.invocation)
@@ -106,10 +110,12 @@ class Runs:
     ) -> Prepared:
         vm.killing, vm.stop_deadline = False, None
         host = await loop.in_worker(probe_host)
-        host.require_vsock()
         # The VMM that the unit was written for: crosvm could not live in the sandbox of QEMU's.
         choice = choose_vmm(vm.vmm or config.vmm, kvm=host.kvm.usable)
         driver = drivers.DRIVERS[choice.kind]
+        if not driver.builtin_vsock:
+            host.require_vsock()
+        hybrid = host.hybrid and not driver.builtin_vsock
         vm.record = Record(
             name=vm.name,
             unit=peer.unit,
@@ -117,7 +123,7 @@ class Runs:
             vmm=choice.kind.value,
             uid=peer.uid,
             cid=0,
-            hybrid=host.hybrid,
+            hybrid=hybrid,
             config=config.to_json(),
         )
         await loop.in_worker(records.save_record, vm.record)
@@ -126,7 +132,7 @@ class Runs:
             uid=peer.uid,
             gid=peer.gid,
             relay_gid=host.relay_gid,
-            hybrid=host.hybrid,
+            hybrid=hybrid,
             boot=BootChoice(
                 config.image,
                 config.kernel,
@@ -135,7 +141,12 @@ class Runs:
             ),
             root_readonly=config.root_disk_readonly,
             monitor_kind=driver.monitor_type,
+            builtin_vsock=driver.builtin_vsock,
+            opens_as=Account(peer.uid, find_groups(peer.pid, peer.gid)) if driver.opens_by_path else None,
+            vhost_user=tuple(device.socket for device in config.vhost_user),
+            ssh=config.ssh,
         )
+        await self._pci.start(vm.name, peer.uid, [device.path for device in config.pci_devices])
         acquired = await loop.in_worker(preparation.acquire, request)
         terminals: list[int] = []
         try:
@@ -146,25 +157,28 @@ class Runs:
                 terminals = await self._consoles.open(vm.name, invocation, journal)
             if acquired.device_fd is not None:
                 vm.cid_fd = os.dup(acquired.device_fd)
-            await self._connect_channel(vm, acquired, peer.unit)
+            if not driver.builtin_vsock:
+                await self._connect_channel(vm, acquired, peer.unit)
             await self._register(vm, peer, acquired, listeners)
             if choice.kind is VmmKind.CROSVM and not config.root_disk_readonly:
                 await loop.in_worker(refuse_foreign_format, acquired.root_fd)
             planned = driver.plan_launch(
                 shape_of(config),
-                leases_of(config, peer, acquired, kvm=host.kvm.usable),
+                leases_of(config, peer, acquired, choice.kind, host),
                 console=console_of(vm, terminals),
                 binary=choice.binary,
             )
             if choice.kind is VmmKind.QEMU and not host.kvm.usable:
                 log.warning("VM %s: %s (%s)", vm.name, TCG_WARNING, host.kvm.reason)
-            vm.record = dataclasses.replace(vm.record, cid=acquired.cid, launched=True)
+            vm.record = dataclasses.replace(
+                vm.record, cid=acquired.cid, launched=True, login=acquired.files.login
+            )
             await loop.in_worker(records.save_record, vm.record)
         except BaseException:
             for fd in [*acquired.fds(), *terminals]:
                 os.close(fd)
             raise
-        vm.last_result = ""
+        self._endings.watch(vm)
         self._on_change(vm)
         passed = (*planned.fds, *terminals)
         stdio = tuple(range(len(planned.fds), len(passed)))
@@ -216,6 +230,7 @@ class Runs:
             raise BadRequest(f"unit {peer.unit} is not stopping")
         if vm.record is None or vm.killing:
             return {"ok": True, "force": True}
+        await self._endings.mark_stopping(vm)
         asked = await self._ask_agent(vm) or await self._press_power_button(vm)
         started = vm.started
         assert started is not None
@@ -279,6 +294,7 @@ class Runs:
         if record is not None and record.hybrid:
             await self._stop_vsock(vm.name, record.unit)
         await self._remove_rundir(vm.name)
+        await self._pci.end(vm.name)
         await loop.in_worker(records.forget_record, vm.name)
         vm.forget_run()
         self._on_change(vm)
@@ -299,6 +315,7 @@ class Runs:
             except VmsiloError as error:
                 # One VM's leftovers must not keep the daemon of all others from starting.
                 log.error("VM %s: cannot be repaired: %s", name, error)
+        await self._pci.repair([vm.name for vm in self._registry if vm.record is not None])
         for path in rundir.VM_DIR.glob("*") if rundir.VM_DIR.is_dir() else ():
             vm = self._registry.find(path.name)
             if vm is None or vm.record is None:
@@ -314,6 +331,7 @@ class Runs:
         vm.debug = record.unit == vm.debug_service
         if not vm.unit.is_up or vm.unit.invocation != record.invocation:
             log.info("VM %s: giving back what an ended run left", vm.name)
+            await self._endings.tell(vm)
             async with vm.lock:
                 await self._release(vm)
 
@@ -343,11 +361,8 @@ class Runs:
                 log.error(
                     "VM %s: the relay was stopped and does not know it any more; restart the VM", vm.name
                 )
-                vm.agent, vm.ready, vm.status = (
-                    False,
-                    False,
-                    "unreachable: the relay was stopped; restart the VM",
-                )
+                vm.agent = vm.ready = False
+                vm.status = "unreachable: the relay was stopped; restart the VM"
                 self._on_change(vm)
 
 
@@ -359,37 +374,3 @@ def refuse_foreign_format(fd: int) -> None:
             f"the writable root disk begins like a {found} image: crosvm would open what it names",
             'its guest may be hostile; look at the disk, or run it with vmm = "qemu"',
         )
-
-
-def shape_of(config: VmConfig) -> launch.VmShape:
-    return launch.VmShape(
-        name=config.name,
-        memory_mib=config.memory,
-        cpus=config.cpus,
-        kernel_params=tuple(config.kernel_params),
-        crosvm=launch.CrosvmShape(
-            config.crosvm.log_level, tuple(config.crosvm.extra_args), tuple(config.crosvm.extra_run_args)
-        ),
-        qemu=launch.QemuShape(tuple(config.qemu.extra_args), config.qemu.accel, config.qemu.machine),
-    )
-
-
-def leases_of(config: VmConfig, peer: Peer, acquired: preparation.Acquired, *, kvm: bool) -> launch.Leases:
-    channel: launch.KernelVsock | launch.HybridVsock
-    if acquired.device_fd is not None:
-        channel = launch.KernelVsock(acquired.cid, acquired.device_fd)
-    else:
-        channel = launch.HybridVsock(acquired.cid, str(acquired.rundir / "vsock" / "vhost"))
-    return launch.Leases(
-        name=config.name,
-        uid=peer.uid,
-        gid=peer.gid,
-        owner=find_uid(config.user),
-        vsock=channel,
-        monitor_fd=acquired.monitor_fd,
-        kernel_fd=acquired.kernel_fd,
-        initrd_fd=acquired.initrd_fd,
-        kvm=kvm,
-        empty_dir=str(EMPTY_DIR),
-        root=launch.Disk(acquired.root_fd, config.root_disk_readonly),
-    )

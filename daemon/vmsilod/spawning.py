@@ -43,7 +43,8 @@ def send_frame(fd: int, frame: bytes) -> None:
     """Blocks, bounded, for a guest that does not read: call it in the worker. The descriptor stays the
     caller's.
     """
-    with socket.socket(fileno=os.dup(fd)) as sock:
+    # Named AF_UNIX, whatever it is: of an AF_VSOCK socket Python sets options to integers only.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=os.dup(fd)) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, TIMEVAL.pack(SEND_SECONDS, 0))
         try:
             sock.sendall(frame)

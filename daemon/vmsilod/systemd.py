@@ -49,6 +49,8 @@ class UnitState:
     exit_status: int = 0
     invocation: str = ""
     active_since: int = 0
+    restarts: int = 0
+    """Starts in a row that systemd made by itself (Restart...=); 0 again after anybody else's."""
 
     @property
     def is_up(self) -> bool:
@@ -154,7 +156,19 @@ class Systemd:
             exit_status=service.get("ExecMainStatus", 0),
             invocation=bytes(general["InvocationID"]).hex(),
             active_since=general["ActiveEnterTimestamp"],
+            restarts=service.get("NRestarts", 0),
         )
+
+    async def is_stopping(self) -> bool:
+        """The host is shutting down."""
+        args = GLib.Variant("(ss)", (MANAGER, "SystemState"))
+        try:
+            (state,), _ = await loop.dbus_call(
+                self._con, NAME, PATH, PROPERTIES, "Get", args, "(v)", CALL_TIMEOUT_MS
+            )
+        except GLib.Error as error:
+            raise Failed(f"systemd does not say whether the host shuts down: {error.message}") from error
+        return bool(state == "stopping")
 
     async def _properties(self, path: str, iface: str) -> dict[str, Any]:
         args = GLib.Variant("(s)", (iface,))

@@ -16,7 +16,7 @@ def view_of(vm: Vm) -> VmView:
     return VmView(
         name=vm.name,
         state=vm.state,
-        status=vm.status,
+        status=vm.status or vm.planned,
         color=shown.color if shown else "",
         memory=shown.memory if shown else 0,
         cpus=shown.cpus if shown else 0,
@@ -28,6 +28,7 @@ def view_of(vm: Vm) -> VmView:
         cid=vm.record.cid if vm.record is not None else 0,
         since=vm.unit.active_since if vm.is_up else 0,
         last_result=vm.last_result,
+        last_outcome=vm.last.kind.value if vm.last is not None else "",
         auto_start=shown.auto_start if shown else False,
         depends_on=shown.depends_on if shown else (),
         unit=vm.debug_service if vm.debug else vm.service,

@@ -52,14 +52,19 @@ class Client:
         return serial
 
     def result(self, serial: int) -> Any:
-        """The body of the reply to a sent call; BusError for an error reply."""
+        """The first value of the reply to a sent call; BusError for an error reply."""
+        body = self.body(serial)
+        return body[0] if body else None
+
+    def body(self, serial: int) -> tuple[Any, ...]:
+        """Every value of the reply to a sent call; BusError for an error reply."""
         while serial not in self._replies:
             self._receive(CALL_SECONDS)
         reply = self._replies.pop(serial)
         if reply.header.message_type == MessageType.error:
             name = reply.header.fields[HeaderFields.error_name]
             raise BusError(name, reply.body[0] if reply.body else "")
-        return reply.body[0] if reply.body else None
+        return tuple(reply.body)
 
     def call(
         self, path: str, interface: str, method: str, signature: str = "", *body: Any, **flags: Any

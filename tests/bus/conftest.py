@@ -121,14 +121,21 @@ def open_directory() -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def real_polkit(open_directory: Path) -> Iterator[str]:
     """A bus with the real polkitd, our policy, and the rule for the user of uid OWNER."""
-    if not Path(POLKITD).exists() or shutil.which("unshare") is None:
-        pytest.skip("needs polkitd and unshare")
     from vmsilod.bus.rules import render_rules
 
     directory = open_directory / "polkit"
     directory.mkdir()
     rules = directory / "50-vmsilo.rules"
     rules.write_text(render_rules(pwd.getpwuid(OWNER).pw_name))
+    with polkit_bus(directory, rules) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def polkit_bus(directory: Path, rules: Path) -> Iterator[str]:
+    """A bus of its own in `directory`, with the real polkitd, our policy, and these rules alone."""
+    if not Path(POLKITD).exists() or shutil.which("unshare") is None:
+        pytest.skip("needs polkitd and unshare")
     policy = TREE / "polkit/org.vmsilo1.policy"
     with private_bus(directory) as address:
         argv = ["unshare", "-m", "sh", "-c", POLKIT_START, "sh", str(policy), str(rules), POLKITD]

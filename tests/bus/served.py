@@ -18,13 +18,15 @@ from gi.repository import GLib
 from vmsilod import loop
 from vmsilod.bus.polkit import Limits, Polkit
 from vmsilod.bus.service import connect, serve
-from vmsilod.bus.views import Change, Reloaded, VmRemoved, VmView
-from vmsilod.errors import Busy, ConfigBroken, NoSuchVm, NotRunning, StartFailed, Timeout
+from vmsilod.bus.views import Change, Reloaded, UsbView, VmRemoved, VmView
+from vmsilod.errors import BadRequest, Busy, ConfigBroken, NoSuchVm, NotRunning, StartFailed, Timeout
+from vmsilod.pci.address import parse_address
+from vmsilod.pci.ledger import PciView
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from vmsilod.bus.requests import RunRequest
+    from vmsilod.bus.requests import RunRequest, SshRequest
 
 FAILURES: dict[str, tuple[type[BaseException], *tuple[Any, ...]]] = {
     "busy": (Busy, "busy is being stopped", "try again"),
@@ -38,10 +40,37 @@ FAILURES: dict[str, tuple[type[BaseException], *tuple[Any, ...]]] = {
 ORDINARY = ("banking", "my-work", "zz")
 
 
+class UsbInMemory:
+    """One stick, and the VM that has it."""
+
+    def __init__(self, vms: VmsInMemory) -> None:
+        self.vms = vms
+        self.holder = ""
+
+    async def list_devices(self) -> Sequence[UsbView]:
+        return [UsbView("1-2", "0951", "1666", title="a\x1b[31m\udc80b", kinds=("storage",), vm=self.holder)]
+
+    async def attach(self, name: str, untrusted_address: str) -> None:
+        self.vms.find(name)
+        if untrusted_address != "1-2":
+            raise BadRequest("no such device")
+        self.holder = name
+
+    async def detach(self, name: str, untrusted_address: str) -> None:
+        self.vms.find(name)
+        self.holder = ""
+
+    async def release(self, untrusted_address: str) -> None:
+        if self.holder:
+            raise Busy(f"{self.holder} has it")
+
+
 class VmsInMemory:
     def __init__(self) -> None:
+        self.usb = UsbInMemory(self)
         self.views = {name: VmView(name, "stopped", memory=512, color="red") for name in ORDINARY}
         self.views |= {name: VmView(name, "stopped", status="a\x1b[31m\udc80b") for name in FAILURES}
+        self.pci: dict[str, str] = {"0000:01:00.0": "banking"}
         self.callbacks: list[Callable[[Change], None]] = []
 
     def list_vms(self) -> Sequence[VmView]:
@@ -73,6 +102,23 @@ class VmsInMemory:
             ours.sendall(repr(request).encode())
         return theirs.detach()
 
+    async def read_memory(self, name: str) -> Mapping[str, int]:
+        view = self.find(name)
+        return {"configured": view.memory, "maximum": 2 * view.memory}
+
+    async def resize_memory(self, name: str, size: int) -> Mapping[str, int]:
+        return {**await self.read_memory(name), "requested": size, "actual": size}
+
+    async def open_ssh(self, request: SshRequest) -> tuple[int, int, str, str]:
+        """The stream tells what was asked for."""
+        self.find(request.name)
+        key = os.memfd_create("key")
+        os.write(key, b"private")
+        ours, theirs = socket.socketpair()
+        with ours:
+            ours.sendall(repr(request).encode())
+        return theirs.detach(), key, "root" if request.root else "user", "ssh-ed25519 AAAA"
+
     async def reload(self) -> Sequence[str]:
         """Forgets zz, and learns of as many VMs as make a hundred."""
         if self.views.pop("zz", None) is not None:
@@ -86,6 +132,30 @@ class VmsInMemory:
 
     async def check(self) -> Sequence[Mapping[str, str]]:
         return [{"file": "broken.toml", "key": "memory", "message": "not a number"}]
+
+    async def find_pci(self) -> Sequence[PciView]:
+        return [
+            PciView(
+                address=address,
+                class_code="0200",
+                name="A card",
+                driver="vfio-pci",
+                group=7,
+                state="used",
+                vm=vm,
+                isolated=True,
+                resets=("flr",),
+                note="",
+            )
+            for address, vm in self.pci.items()
+        ]
+
+    async def claim_pci(self, address: str) -> None:
+        self.pci[parse_address(address)] = ""
+
+    async def release_pci(self, address: str) -> str:
+        del self.pci[parse_address(address)]
+        return "e1000e"
 
     async def start_debug(self, name: str, fds: tuple[int, int, int]) -> str:
         try:

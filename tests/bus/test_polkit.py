@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from bus.client import MANAGER, OBJECTS, PROPERTIES, ROOT, VM, BusError, Client, as_user
-from bus.conftest import OWNER, STRANGER, served
+from bus.conftest import OWNER, STRANGER, polkit_bus, served
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 DENIED = "org.vmsilo1.Error.Denied"
 BANKING = f"{ROOT}/vm/banking"
@@ -26,13 +27,20 @@ OPEN_TO_OWNER: list[tuple[Any, ...]] = [
     (ROOT, MANAGER, "Restart", "sa{sv}", "banking", {}),
     (ROOT, MANAGER, "Run", "sasa{sv}", "banking", ["true"], {}),
     (ROOT, MANAGER, "Run", "sasa{sv}", "banking", ["true"], {"root": ("b", True)}),
+    (ROOT, MANAGER, "OpenSsh", "sa{sv}", "banking", {}),
+    (ROOT, MANAGER, "OpenSsh", "sa{sv}", "banking", {"root": ("b", True)}),
     (ROOT, MANAGER, "Stop", "sa{sv}", "banking", {"timeout": ("u", 5)}),
     (ROOT, MANAGER, "Kill", "s", "banking"),
+    (ROOT, MANAGER, "ListUsb"),
+    (ROOT, MANAGER, "AttachUsb", "ss", "banking", "1-2"),
+    (ROOT, MANAGER, "DetachUsb", "ss", "banking", "1-2"),
+    (ROOT, MANAGER, "ReleaseUsb", "s", "1-2"),
     (BANKING, PROPERTIES, "Get", "ss", VM, "State"),
     (BANKING, PROPERTIES, "GetAll", "s", VM),
     (BANKING, VM, "Start", "a{sv}", {}),
     (BANKING, VM, "Restart", "a{sv}", {}),
     (BANKING, VM, "Run", "asa{sv}", ["true"], {}),
+    (BANKING, VM, "OpenSsh", "a{sv}", {}),
     (BANKING, VM, "Stop", "a{sv}", {}),
     (BANKING, VM, "Kill"),
 ]
@@ -107,3 +115,22 @@ def test_only_root_can_own_the_name(real_polkit: str) -> None:
         return str(reply.body[0])
 
     assert "not allowed to own" in as_user(OWNER, request)
+
+
+def test_ssh_as_root_needs_the_other_action(open_directory: Path) -> None:
+    """With a rule that gives a stranger org.vmsilo1.run alone."""
+    directory = open_directory / "run-only"
+    directory.mkdir()
+    rules = directory / "50-run.rules"
+    rules.write_text(
+        'polkit.addRule(function (action, subject) { if (action.id === "org.vmsilo1.run") '
+        "return polkit.Result.YES; });"
+    )
+
+    def errors() -> list[str]:
+        client = Client(bus)
+        call: tuple[Any, ...] = (ROOT, MANAGER, "OpenSsh", "sa{sv}", "banking")
+        return [client.error(*call, {}), client.error(*call, {"root": ("b", True)})]
+
+    with polkit_bus(directory, rules) as bus, served(bus):
+        assert as_user(STRANGER, errors) == ["", DENIED]

@@ -92,6 +92,8 @@ def test_an_error_tells_fact_and_hint_but_nothing_of_a_bug(client: Client) -> No
         ("Run", "sasa{sv}", ("banking", ["true"], {"rows": ("u", 24)})),
         ("Run", "sasa{sv}", ("banking", ["true"], {"env": ("a{ss}", {"A=B": "c"})})),
         ("Run", "sasa{sv}", ("banking", ["x" * 600_000], {})),
+        ("OpenSsh", "sa{sv}", ("banking", {"root": ("u", 1)})),
+        ("OpenSsh", "sa{sv}", ("banking", {"detach": ("b", True)})),
         ("Run", "sasa{sv}", ("banking", ["x" * 2_000_000], {})),
     ],
 )
@@ -133,6 +135,24 @@ def test_run_returns_a_stream_and_says_who_asked(stand_in: str, server: subproce
     request = as_user(OWNER, run)
     assert f"uid={OWNER}, argv=('ls', '-l'), env=(('A', 'b'),)" in request
     assert "terminal=Terminal(rows=24, cols=80), root=False, detach=False, start=False" in request
+
+
+def test_ssh_returns_stream_key_login_and_host_key(
+    stand_in: str, server: subprocess.Popen[bytes], client: Client
+) -> None:
+    def login() -> tuple[str, bytes, str, str]:
+        options = {"root": ("b", True), "no-start": ("b", True)}
+        con = Client(stand_in)
+        serial = con.send(ROOT, MANAGER, "OpenSsh", "sa{sv}", "banking", options)
+        stream, key, name, host_key = con.body(serial)
+        key_fd = key.to_raw_fd()
+        return read_stream(stream), os.pread(key_fd, 100, 0), name, host_key
+
+    before = open_fds(client, server)
+    request, key, name, host_key = as_user(OWNER, login)
+    assert request == f"SshRequest(name='banking', uid={OWNER}, root=True, start=False)"
+    assert (key, name, host_key) == (b"private", "root", "ssh-ed25519 AAAA")
+    assert open_fds(client, server) == before
 
 
 def test_start_debug_hands_the_descriptors_over(client: Client, server: subprocess.Popen[bytes]) -> None:
@@ -310,3 +330,12 @@ def test_a_second_daemon_does_not_start(stand_in: str, server: subprocess.Popen[
     assert server.poll() is None
     with pytest.raises(AssertionError, match="did not start"), served(stand_in):
         pass
+
+
+def test_memory_is_read_and_asked_for_at_both_objects(client: Client) -> None:
+    limits = {"configured": 512, "maximum": 1024}
+    asked = {**limits, "requested": 768, "actual": 768}
+    assert client.manager("GetMemory", "s", "banking") == limits
+    assert client.manager("SetMemory", "su", "banking", 768) == asked
+    assert client.call(vm_path("banking"), VM, "GetMemory") == limits
+    assert client.call(vm_path("banking"), VM, "SetMemory", "u", 768) == asked

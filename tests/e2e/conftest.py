@@ -18,6 +18,8 @@ EXPECTED = (
     "Main process exited",  # tests kill VMMs
     "Failed with result",
     "Killing process",
+    "QEMU was killed",
+    "its kernel panicked",
 )
 
 

@@ -77,6 +77,7 @@ def test_the_object_manager_has_every_vm(site: Site) -> None:
 
 
 def test_errors_have_names(site: Site) -> None:
+    site.expect("QEMU could not start the VM")
     name = site.define(mode="exit-1")
     program = f"""
 from jeepney import DBusAddress, HeaderFields, new_method_call

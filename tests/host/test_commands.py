@@ -75,12 +75,14 @@ def test_a_signal_reaches_the_command(site: Site, number: signal.Signals) -> Non
 
 
 def test_a_vm_killed_under_a_command(site: Site) -> None:
+    site.expect(r"QEMU was killed \(SIGKILL\)")
     name = site.running()
     client = site.spawn("vm-run", name, "sleep", "987654", stderr=-1)
     wait_for(lambda: runs(site, "987654"))
     site.host.run(["kill", "-9", str(site.main_pid(name))])
     _, err = client.communicate(timeout=20)
-    assert (client.returncode, err) == (125, b"vm-run: the connection to the guest was lost\n")
+    reason = b"vm-run: the connection to the guest was lost: QEMU was killed (SIGKILL)\n"
+    assert (client.returncode, err.splitlines(keepends=True)[0]) == (125, reason)
     site.wait_for_state(name, "failed")
 
 

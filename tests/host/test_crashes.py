@@ -126,6 +126,7 @@ def test_the_relay_remembers_vms_while_vmsilod_is_gone(site: Site) -> None:
 
 
 def test_a_vm_that_ended_while_vmsilod_was_gone(site: Site) -> None:
+    site.expect(r"QEMU was killed \(SIGKILL\)")
     name = site.running()
     site.host.run(
         "systemctl kill -s KILL --kill-whom=main vmsilod.service && systemctl stop vmsilod.service"
@@ -139,6 +140,7 @@ def test_a_vm_that_ended_while_vmsilod_was_gone(site: Site) -> None:
 
 
 def test_the_end_of_a_vm_is_seen_by_a_later_vmsilod(site: Site) -> None:
+    site.expect(r"QEMU was killed \(SIGKILL\)")
     name = site.running()
     site.host.run("systemctl restart vmsilod.service")
     site.host.run(["kill", "-9", str(site.main_pid(name))])

@@ -41,6 +41,7 @@ def test_the_guest_powers_off_under_the_terminal(site: Site) -> None:
 
 
 def test_a_vmm_that_fails_shows_its_last_words(site: Site) -> None:
+    site.expect("QEMU could not start the VM")
     name = site.define(mode="exit-1")
     with Terminal(site.host, ["vm-start-debug", name], user="root") as terminal:
         assert terminal.wait() == 1

@@ -152,6 +152,7 @@ def test_the_guest_powers_off_by_itself(site: Site) -> None:
 
 
 def test_the_vmm_is_killed(site: Site) -> None:
+    site.expect(r"QEMU was killed \(SIGKILL\)")
     name = site.running()
     site.host.run(["kill", "-9", str(site.main_pid(name))])
     vm = site.wait_for_state(name, "failed")
@@ -160,12 +161,14 @@ def test_the_vmm_is_killed(site: Site) -> None:
 
 
 def test_the_guest_panics(site: Site) -> None:
+    site.expect("its kernel panicked")
     name = site.running("late-panic")
     vm = site.wait_for_state(name, "failed")
     assert "its kernel panicked" in vm["LastResult"]
 
 
 def test_a_vmm_that_fails_to_start(site: Site) -> None:
+    site.expect("QEMU could not start the VM")
     name = site.define(mode="exit-1")
     begin = time.monotonic()
     done = site.vm_run(name, "true")
@@ -177,6 +180,7 @@ def test_a_vmm_that_fails_to_start(site: Site) -> None:
 
 
 def test_a_vmm_that_crashes(site: Site) -> None:
+    site.expect(r"QEMU crashed \(SIGABRT\)")
     name = site.define(mode="crash")
     assert site.vm_run(name, "true").returncode == 125
     assert "crashed (SIGABRT)" in site.show(name)["LastResult"]

@@ -8,12 +8,12 @@ real output.
 from __future__ import annotations
 
 import signal
-import subprocess
 import sys
 import time
 
 from hosts import layers
 from hosts.container import Container
+from hosts.transcript import Transcript
 
 VM = """\
 # /etc/vmsilo/vms.d/demo.toml
@@ -21,27 +21,6 @@ memory = 1024
 cpus = 2
 color = "#2ecc71"
 """
-
-
-class Transcript:
-    """Runs commands in the host and prints them as a terminal would."""
-
-    def __init__(self, host: Container) -> None:
-        self._host = host
-        self.failed = 0
-
-    def show(self, command: str, *, user: str = layers.USER, expect: int = 0) -> None:
-        print(f"\n{'#' if user == 'root' else '$'} {command}", flush=True)
-        begin = time.monotonic()
-        argv = self._host.argv(["bash", "-c", command], user=user)
-        status = subprocess.run(
-            argv, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, check=False
-        ).returncode
-        note = f"exit status {status}, " if status or expect else ""
-        print(f"  [{note}{time.monotonic() - begin:.2f} s]", flush=True)
-        if status != expect:
-            self.failed += 1
-            print(f"  UNEXPECTED: the status should have been {expect}", flush=True)
 
 
 def main() -> int:
@@ -53,7 +32,7 @@ def main() -> int:
             f"the test host is up after {time.monotonic() - begin:.0f} s: systemd, D-Bus, polkit; no network"
         )
         host.configure(demo=VM)
-        transcript = Transcript(host)
+        transcript = Transcript(lambda command, user: host.argv(["bash", "-c", command], user=user))
         show = transcript.show
         show("cat /etc/vmsilo/vmsilo.toml /etc/vmsilo/vms.d/demo.toml", user="root")
         show("vmsilo image list", user="root")
@@ -81,11 +60,7 @@ def main() -> int:
         show("vmsilo list")
         show("systemctl is-active vmsilo-demo-vm.service vmsilo-demo.socket")
         show("journalctl --no-pager -q -p warning -u 'vmsilo*' -o cat | cut -c1-160", user="root")
-    layers.say(
-        f"demo: {'as expected' if not transcript.failed else f'{transcript.failed} commands FAILED'}, "
-        f"{time.monotonic() - begin:.0f} s in all"
-    )
-    return 1 if transcript.failed else 0
+    return transcript.close()
 
 
 if __name__ == "__main__":

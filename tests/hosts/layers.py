@@ -48,6 +48,7 @@ HOST_PACKAGES = [
     "less",
     "ca-certificates",
     "sudo",
+    "openssh-client",
 ]
 # vhost-device-vsock stands in for the kernel's vhost-vsock, which a container on a bare kernel does not
 # have.

@@ -20,7 +20,8 @@ TREE = Path(__file__).parent.parent.parent
 INTERFACE = ET.parse(TREE / "daemon/vmsilod/bus/org.vmsilo1.xml").getroot()
 POLICY = ET.parse(TREE / "polkit/org.vmsilo1.policy").getroot()
 
-SAMPLES = {"s": "banking", "a{sv}": {}, "as": ["ls"], "h": 0}
+DEVICE = "0000:01:00.0"
+SAMPLES = {"s": "banking", "a{sv}": {}, "u": 2048, "as": ["ls"], "h": 0}
 
 
 def declared_calls() -> list[Message]:
@@ -29,7 +30,11 @@ def declared_calls() -> list[Message]:
             interface.attrib["name"],
             method.attrib["name"],
             "work" if interface.attrib["name"] == VM_INTERFACE else None,
-            tuple(SAMPLES[arg.attrib["type"]] for arg in method if arg.attrib.get("direction") == "in"),
+            tuple(
+                DEVICE if arg.attrib["name"] == "address" else SAMPLES[arg.attrib["type"]]
+                for arg in method
+                if arg.attrib.get("direction") == "in"
+            ),
         )
         for interface in INTERFACE.iter("interface")
         for method in interface.iter("method")
@@ -45,6 +50,10 @@ def test_every_declared_method_needs_an_action(message: Message) -> None:
     assert set(need.actions) <= set(ACTIONS)
     if message.vm is not None:
         assert need.details["vm"] == "work"
+    elif message.method == "ReleaseUsb":
+        assert need.details == {"device": "banking"}  # a device that no VM has
+    elif message.arguments == (DEVICE,):
+        assert need.details == {"device": DEVICE}
     elif message.arguments:
         assert need.details["vm"] == "banking"
 
@@ -57,6 +66,14 @@ def test_what_is_not_in_the_table_is_denied(interface: str, method: str) -> None
         classify(Message(interface, method, None, ("banking", {}, "")))
 
 
+def test_a_device_is_named_in_full_to_whoever_is_asked() -> None:
+    need = classify(Message(MANAGER_INTERFACE, "ClaimPci", None, ("01:00.0",)))
+    assert need.actions == ("org.vmsilo1.manage-devices",)
+    assert need.details == {"device": DEVICE}
+    with pytest.raises(BadRequest):
+        classify(Message(MANAGER_INTERFACE, "ClaimPci", None, ("01:00.0\n../x",)))
+
+
 def test_root_in_a_guest_is_an_action_of_its_own() -> None:
     plain = classify(Message(VM_INTERFACE, "Run", "work", (["id"], {})))
     root = classify(Message(VM_INTERFACE, "Run", "work", (["id"], {"root": True})))
@@ -65,6 +82,16 @@ def test_root_in_a_guest_is_an_action_of_its_own() -> None:
     assert root.details == {"vm": "work", "command": "id"}
     with pytest.raises(BadRequest):
         classify(Message(VM_INTERFACE, "Run", "work", (["id"], {"root": 1})))
+
+
+def test_ssh_needs_what_a_command_of_the_same_login_needs() -> None:
+    plain = classify(Message(MANAGER_INTERFACE, "OpenSsh", None, ("work", {})))
+    root = classify(Message(VM_INTERFACE, "OpenSsh", "work", ({"root": True},)))
+    assert plain.actions == ("org.vmsilo1.run",)
+    assert root.actions == ("org.vmsilo1.run-as-root",)
+    assert plain.details == root.details == {"vm": "work", "command": "(any, by ssh)"}
+    with pytest.raises(BadRequest):
+        classify(Message(VM_INTERFACE, "OpenSsh", "work", ({"root": "yes"},)))
 
 
 def test_properties_cannot_be_written() -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,30 +10,12 @@ from typing import Any
 
 import pytest
 import vmsilo_wire as wire
-from client_host import command_socket, run_commands, site_dirs, write_program
+from client_host import command_socket, run_commands
 from client_host_terminal import Terminal
 from vmsilo_wire import payload
 
 pytest.importorskip("jeepney")
-from client_host_bus import FakeDaemon, fake_daemon, message_bus, vm
-
-Completed = subprocess.CompletedProcess[bytes]
-
-
-class Programs:
-    """The installed programs, over a bus."""
-
-    def __init__(self, directory: Path, address: str) -> None:
-        self.directory = directory
-        self.env = {"DBUS_SYSTEM_BUS_ADDRESS": address}
-
-    def argv(self, program: str) -> list[str]:
-        return write_program(self.directory, program, interpreter_path=site_dirs())
-
-    def __call__(self, program: str, *args: str, stdin: bytes = b"") -> Completed:
-        env = {**os.environ, **self.env}
-        argv = [*self.argv(program), *args]
-        return subprocess.run(argv, input=stdin, capture_output=True, timeout=60, check=False, env=env)
+from client_host_bus import FakeDaemon, Programs, fake_daemon, message_bus, vm
 
 
 @pytest.fixture

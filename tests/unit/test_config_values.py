@@ -23,7 +23,7 @@ DAEMON = Path(__file__).parents[2] / "daemon"
         ("cpus = 255", "cpus", "255 is above 254"),
         ("cpus = 0", "cpus", "0 is below 1"),
         ("auto_start = 1", "auto_start", "1 is not true or false"),
-        ('vmm = "xen"', "vmm", "'xen' is not one of 'auto', 'crosvm' or 'qemu'"),
+        ('vmm = "xen"', "vmm", "'xen' is not one of 'auto', 'crosvm', 'qemu' or 'cloud-hypervisor'"),
         ('crosvm = "x"', "crosvm", "'x' is not a table"),
         ('depends_on = "b"', "depends_on", "'b' is not a list"),
         ("depends_on = [1]", "depends_on.0", "1 is not a string"),
@@ -53,6 +53,23 @@ DAEMON = Path(__file__).parents[2] / "daemon"
             '[crosvm]\nextra_args = ["a\\u0000"]',
             "crosvm.extra_args.0",
             "'a\\x00' has a control character in it",
+        ),
+        ("usb_devices = 3", "usb_devices", "3 is not a list"),
+        (
+            'usb_devices = ["46d:c52b"]',
+            "usb_devices.0.vendor",
+            "'46d' is not a USB vendor or product: four hexadecimal digits",
+        ),
+        ('usb_devices = ["046d"]', "usb_devices.0.product", "required, but not set"),
+        (
+            'usb_devices = ["046d:c52b:\\u001b[2J"]',
+            "usb_devices.0.serial",
+            "'\\x1b[2J' is not a serial number: up to 126 printable ASCII characters",
+        ),
+        (
+            'usb_devices = [{vendor = "046d", product = "c52b", seriel = "X"}]',
+            "usb_devices.0",
+            "unknown key 'seriel' (did you mean 'serial'?)",
         ),
         ("start_timeout = 3601", "start_timeout", "3601 is above 3600 seconds"),
     ],
@@ -130,6 +147,38 @@ def test_saved_configuration_comes_back_the_same(tmp_path: Path) -> None:
 def test_what_is_no_saved_configuration_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         VmConfig.from_json(text)
+
+
+def test_usb_devices_are_tables_or_short(tmp_path: Path) -> None:
+    text = 'usb_devices = ["046D:C52B", "0951:1666:a:b", {vendor = "1d6b", product = "0002", serial = "X"}]'
+    vm = load_vm(tmp_path, text)
+    assert [(rule.vendor, rule.product, rule.serial) for rule in vm.usb_devices] == [
+        ("046d", "c52b", ""),
+        ("0951", "1666", "a:b"),
+        ("1d6b", "0002", "X"),
+    ]
+    assert vm.wants_usb
+    assert not load_vm(tmp_path, "").wants_usb
+    assert VmConfig.from_json(vm.to_json()) == vm
+
+
+def test_only_the_controller_needs_a_restart(tmp_path: Path) -> None:
+    plain, controller, rule = (
+        load_vm(tmp_path, text).digest() for text in ("", "usb = true", 'usb_devices = ["046d:c52b"]')
+    )
+    assert plain != controller
+    assert controller == rule
+
+
+def test_one_device_for_two_vms_is_a_warning_that_disables_neither(tmp_path: Path) -> None:
+    files = {
+        "etc/vmsilo.toml": GLOBAL,
+        "etc/vms.d/a.toml": 'usb_devices = ["046d:c52b", "046d:c52b"]',
+        "etc/vms.d/b.toml": 'usb_devices = ["046d:c52b:X", "046D:C52B"]',
+    }
+    configuration = load(tmp_path, files)
+    assert facts(configuration) == [("usb_devices", "the VM a has the rule 046d:c52b, too")]
+    assert set(configuration.vms) == {"a", "b"}
 
 
 def test_digest_changes_with_what_a_running_vm_is_made_of(tmp_path: Path) -> None:

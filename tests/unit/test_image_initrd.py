@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from vmsilo_image import cpio
 from vmsilo_image.errors import ImageError
-from vmsilo_image.initrd import APPLETS, build_initrd
+from vmsilo_image.initrd import APPLETS, build_initrd, has_pmem
 from vmsilo_image.modules import module_name, plan_load_order
 from vmsilo_image.tree import find_ids, resolve_inside, write_file
 from vmsilo_image.trim import plan_static_nodes
@@ -84,8 +84,25 @@ def test_secret_follows_any_padded_archive() -> None:
     first = cpio.pad(cpio.newc_archive([cpio.regular("init", b"#!")]), 512)
     members = read_newc(first + cpio.secret_archive(secret))
     assert members["vmsilo/secret"] == (stat.S_IFREG | 0o400, secret.encode() + b"\n")
-    assert members["vmsilo"][0] == stat.S_IFDIR | 0o700
-    assert "init" in members
+    assert members["vmsilo"][0] == stat.S_IFDIR | 0o711
+    assert list(members) == ["init", "vmsilo", "vmsilo/secret"]
+
+
+def test_ssh_keys_travel_with_the_secret() -> None:
+    keys = cpio.SshKeys(
+        host=b"private\n", authorized={"anna": b"ssh-ed25519 A\n", "root": b"ssh-ed25519 B\n"}
+    )
+    members = read_newc(cpio.secret_archive("0f" * 32, keys))
+    assert members["vmsilo/ssh/host_key"] == (stat.S_IFREG | 0o400, b"private\n")
+    assert members["vmsilo/ssh/authorized/anna"] == (stat.S_IFREG | 0o444, b"ssh-ed25519 A\n")
+    assert members["vmsilo/ssh/authorized/root"][1] == b"ssh-ed25519 B\n"
+    assert members["vmsilo/ssh"][0] == members["vmsilo/ssh/authorized"][0] == stat.S_IFDIR | 0o711
+
+
+@pytest.mark.parametrize("login", ["", "../root", "a/b", "A", "-x"])
+def test_a_login_is_a_plain_name(login: str) -> None:
+    with pytest.raises(ValueError, match="login"):
+        cpio.secret_archive("0f" * 32, cpio.SshKeys(host=b"x", authorized={login: b"y"}))
 
 
 @pytest.mark.parametrize("secret", ["", "0" * 63, "0" * 65, "G" * 64, "0" * 63 + "\n"])
@@ -108,6 +125,12 @@ def test_dependencies_come_first_and_once() -> None:
         "virtio_rng",
         "virtio_blk",
     ]
+
+
+def test_what_a_module_wants_without_saying_so_comes_before_everything() -> None:
+    dependencies = MODULES_DEP + "kernel/crypto/crc32c_generic.ko.xz:\n"
+    order = plan_load_order(["erofs"], dependencies, BUILTIN, first_if_there=["crc32c_generic", "gone"])
+    assert [module_name(path) for path in order] == ["crc32c_generic", "libcrc32c", "erofs"]
 
 
 def test_builtin_modules_are_skipped() -> None:
@@ -140,6 +163,24 @@ def test_initrd_holds_init_its_applets_and_uncompressed_modules(tmp_path: Path) 
     listed = members["modules/list"][1].decode().split()
     assert [f"modules/{name}" for name in listed] == [n for n in members if n.endswith(".ko")]
     assert all(members[f"bin/{applet}"][1] == b"busybox" for applet in APPLETS)
+
+
+@pytest.mark.parametrize(
+    ("module_files", "builtin", "expected"),
+    [
+        (("virtio_pmem", "nd_pmem"), (), True),
+        (("virtio_pmem",), ("nd_pmem",), True),
+        (("virtio_pmem",), (), False),
+    ],
+)
+def test_image_says_whether_its_root_can_be_persistent_memory(
+    tmp_path: Path, module_files: tuple[str, ...], builtin: tuple[str, ...], *, expected: bool
+) -> None:
+    base = tmp_path / "lib/modules/6.1-x"
+    base.mkdir(parents=True)
+    (base / "modules.dep").write_text("".join(f"kernel/{name}.ko:\n" for name in module_files))
+    (base / "modules.builtin").write_text("".join(f"kernel/{name}.ko\n" for name in builtin))
+    assert has_pmem(tmp_path, "6.1-x") is expected
 
 
 def test_init_is_a_valid_shell_script() -> None:

@@ -28,11 +28,19 @@ LAYERS = (
     {"vmsilod.errors"},
     {"vmsilod.loop"},
     {"vmsilod.waiting"},
+    {"vmsilod.pci"},
     {"vmsilod.config", "vmsilod.resources", "vmsilod.vmm", "vmsilod.systemd"},
+    {"vmsilod.restart", "vmsilod.first_sign"},
     {"vmsilod.units", "vmsilod.bus", "vmsilod.host"},
     {"vmsilod.registry", "vmsilod.order_socket"},
     {"vmsilod.consoles", "vmsilod.relay_client", "vmsilod.control", "vmsilod.preparation", "vmsilod.watch"},
-    {"vmsilod.spawning", "vmsilod.vm_view", "vmsilod.publication"},
+    {"vmsilod.shapes", "vmsilod.memory"},
+    {
+        *("vmsilod.spawning", "vmsilod.ssh_login", "vmsilod.vm_view", "vmsilod.publication"),
+        "vmsilod.endings",
+    },
+    {"vmsilod.usb"},
+    {"vmsilod.holders"},
     {"vmsilod.runs"},
     {"vmsilod.lifecycle"},
     {"vmsilod.main"},
@@ -116,6 +124,19 @@ def test_small_programs_use_the_standard_library_only(package: str) -> None:
         if name.split(".")[0] == package:
             used = {imported.split(".")[0] for imported in imports_of(path, at_run_time=True)}
             assert used <= allowed, name
+
+
+# vmsilo-pci-claim runs before there is anything but /usr: the modules that it imports.
+EARLY = ("address", "binding", "early", "initramfs", "plan", "roots", "topology", "usage")
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_what_runs_early_in_a_boot_uses_the_standard_library_only(name: str) -> None:
+    import sys
+
+    allowed = {"vmsilod.errors", *(f"vmsilod.pci.{module}" for module in EARLY)}
+    used = imports_of(MODULES[f"vmsilod.pci.{name}"], at_run_time=True)
+    assert {module for module in used if module.split(".")[0] not in sys.stdlib_module_names} <= allowed
 
 
 def test_no_cycles() -> None:

@@ -51,6 +51,37 @@ def test_connect_writes_hello_and_the_first_frames(host: RelayHost, control: Con
         assert read_exactly(agent.sock, 4) == b"more"
 
 
+def test_dial_says_nothing_and_reads_nothing(host: RelayHost, control: Control) -> None:
+    device = host.device()
+    device.greeting = b"SSH-2.0-guest\r\n"
+    number = control.send("dial", name="banking", port=22)
+    sshd = device.dialled.get(timeout=5)
+    reply, fds = control.receive()
+    assert reply == {"id": number, "ok": True}
+    with socket.socket(fileno=fds[0]) as sock:
+        assert sock.getblocking()
+        assert read_exactly(sock, len(device.greeting)) == device.greeting
+        sock.sendall(b"first")
+        assert read_exactly(sshd, 5) == b"first"
+
+
+@pytest.mark.parametrize("port", [0, 21, 80, 700, 701, -1, 2**32, "22", None, True])
+def test_only_port_22_is_dialled(host: RelayHost, control: Control, port: object) -> None:
+    device = host.device()
+    assert control.call("dial", name="banking", port=port)["error"]["code"] == "bad-request"
+    assert device.connects == 0
+
+
+def test_a_port_that_nobody_listens_on_is_told(host: RelayHost) -> None:
+    control = host.start("port_dial_seconds=0.3")
+    assert host.add(control) == {"ok": True}
+    host.device(answer=b"")
+    error = control.call("dial", name="banking", port=22)["error"]
+    assert error["code"] == "agent-unreachable"
+    assert "vsock port 22 of banking" in error["message"]
+    assert control.call("dial", name="work", port=22)["error"]["code"] == "not-found"
+
+
 def test_orders_go_on_while_one_connects(host: RelayHost, control: Control) -> None:
     host.device(answer=None)
     slow = control.send("connect", name="banking", role="user")

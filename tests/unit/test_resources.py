@@ -91,6 +91,18 @@ def test_all_boot_files_are_of_one_version(images: Path) -> None:
     assert image.find_boot_files(BootChoice("default"), images).version == "two"
 
 
+def test_the_guests_user_is_the_manifests(images: Path) -> None:
+    manifest = images / "default" / "one" / "manifest.json"
+    assert image.find_boot_files(BootChoice("default"), images).login == "user"
+    manifest.write_text(json.dumps({"user": "anna"}))
+    assert image.find_boot_files(BootChoice("default"), images).login == "anna"
+    wrong: tuple[object, ...] = ({"user": "../x"}, {"user": 5}, [])
+    for bad in wrong:
+        manifest.write_text(json.dumps(bad))
+        with pytest.raises(StartFailed):
+            image.find_boot_files(BootChoice("default"), images)
+
+
 def test_a_missing_image_says_how_to_build_it(images: Path) -> None:
     with pytest.raises(StartFailed) as caught:
         image.find_boot_files(BootChoice("work"), images)
@@ -115,6 +127,35 @@ def test_the_secret_is_behind_the_initrd_and_sealed(images: Path) -> None:
         with pytest.raises(PermissionError):
             os.write(fd, b"changed")
     finally:
+        os.close(fd)
+
+
+def test_initrd_as_a_nameless_file_is_for_reading_only(images: Path, tmp_path: Path) -> None:
+    (images / "odd").write_bytes(b"x" * 13)
+    before = set(tmp_path.iterdir())
+    fd = image.make_initrd(images / "odd", SECRET, None, tmp_path)
+    try:
+        assert os.pread(fd, 1 << 20, 0).count(SECRET.encode()) == 1
+        status = os.fstat(fd)
+        assert (status.st_mode & 0o777, status.st_nlink) == (0o444, 0)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.write(fd, b"changed")
+        assert set(tmp_path.iterdir()) == before
+    finally:
+        os.close(fd)
+
+
+def test_root_is_persistent_memory_only_where_image_and_size_say_so(images: Path, tmp_path: Path) -> None:
+    (images / "default/one/manifest.json").write_text('{"pmem": true}')
+    files = image.find_boot_files(BootChoice("default"), images)
+    assert files.pmem
+    assert not image.find_boot_files(BootChoice("default", initramfs="/own"), images).pmem
+    assert not image.find_boot_files(BootChoice("default", root_disk="/own"), images).pmem
+    for size, expected in ((4 << 20, True), ((4 << 20) + 4096, False)):
+        (tmp_path / "root").touch()
+        os.truncate(tmp_path / "root", size)
+        fd = os.open(tmp_path / "root", os.O_RDONLY)
+        assert image.is_pmem(files, fd) is expected
         os.close(fd)
 
 

@@ -16,6 +16,7 @@ from vmsilod.units.render import RenderedUnits, UnitContext, UnitPaths, render_u
 
 GOLDEN = Path(__file__).parent / "golden" / "units"
 CROSVM = UnitContext(owner="david", vmm="crosvm", groups=frozenset({"kvm", "video"}))
+QEMU_PCI = UnitContext(owner="david", vmm="qemu", groups=frozenset({"kvm"}))
 QEMU_HYBRID = UnitContext(owner="david", vmm="qemu", hybrid_cid=3)
 
 
@@ -40,6 +41,11 @@ def settings_of(text: str) -> list[str]:
 
 CASES = {
     "crosvm": (make_vm(auto_start=True, depends_on=["sys-net", "vault"]), CROSVM),
+    "cloud-hypervisor": (
+        make_vm(name="builder", memory_max=4096),
+        UnitContext(owner="david", vmm="cloud-hypervisor", groups=frozenset({"kvm"})),
+    ),
+    "qemu-pci": (make_vm(name="sys-net", pci_devices=["02:00.0"], depends_on=["vault"]), QEMU_PCI),
     "qemu-hybrid": (make_vm(name="untrusted", stop_timeout=5, sources=[]), QEMU_HYBRID),
 }
 
@@ -54,6 +60,21 @@ def test_units_are_as_agreed(case: str) -> None:
         for name, text in rendered.files.items():
             (folder / name).write_text(text)
     assert dict(rendered.files) == {path.name: path.read_text() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"usb": True}, {"usb_devices": [{"vendor": "0951", "product": "1666"}]}]
+)
+def test_only_a_qemu_with_a_usb_controller_may_open_a_netlink_socket(changes: dict[str, object]) -> None:
+    families = "RestrictAddressFamilies=AF_NETLINK"
+    texts = render_units(make_vm(**changes), QEMU_HYBRID).files
+    assert families in settings_of(texts["vmsilo-banking-vm.service"])
+    assert families in settings_of(texts["vmsilo-banking-debug.service"])
+    assert families not in settings_of(texts["vmsilo-banking-vsock.service"])
+    crosvm = render_units(make_vm(**changes), CROSVM).files["vmsilo-banking-vm.service"]
+    assert families not in settings_of(crosvm)
+    plain = render_units(make_vm(), QEMU_HYBRID).files["vmsilo-banking-vm.service"]
+    assert families not in settings_of(plain)
 
 
 def test_auto_start_is_a_link_into_the_target() -> None:

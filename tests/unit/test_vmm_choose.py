@@ -52,6 +52,15 @@ def test_crosvm_is_not_taken_where_it_cannot_run() -> None:
             choose_vmm(wanted, kvm=False, find=only_crosvm.get)
 
 
+def test_cloud_hypervisor_is_never_chosen_by_itself_and_needs_kvm() -> None:
+    find = {"cloud-hypervisor": "/ch"}.get
+    assert choose_vmm("cloud-hypervisor", find=find).binary == "/ch"
+    with pytest.raises(MissingVmm):
+        choose_vmm("auto", find=find)
+    with pytest.raises(KvmNeeded):
+        choose_vmm("cloud-hypervisor", kvm=False, find=find)
+
+
 def test_every_kind_has_a_driver() -> None:
     assert set(DRIVERS) == set(VmmKind)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import socket
 import threading
 import time
@@ -19,6 +20,7 @@ from vmsilod.vmm.errors import (
     MonitorTimeout,
     MonitorUnreachable,
 )
+from vmsilod.vmm.monitor import AttachedUsb, UsbMonitor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +43,11 @@ def crosvm_that_answers(path: Path, *replies: Any) -> Iterator[list[Any]]:
             for reply in replies:
                 connection, _ = listener.accept()
                 with connection:
-                    requests.append(json.loads(connection.recv(MAX_REPLY)))
+                    packet, fds, _, _ = socket.recv_fds(connection, MAX_REPLY, 4)
+                    requests.append(json.loads(packet))
+                    for fd in fds:
+                        requests.append(os.readlink(f"/proc/self/fd/{fd}"))  # noqa: PTH115
+                        os.close(fd)
                     if reply is SILENT:
                         connection.recv(1)
                     elif reply is not None:
@@ -86,6 +92,56 @@ def test_balloon(path: Path) -> None:
         None,
         None,
     )
+
+
+def usb(answer: object) -> dict[str, object]:
+    return {"UsbResponse": answer}
+
+
+def test_usb_devices_travel_as_descriptors(path: Path) -> None:
+    slots = [{"port": 0, "vendor_id": 0, "product_id": 0}] * 16
+    slots[2] = {"port": 3, "vendor_id": 0x951, "product_id": 0x1666}
+    done = usb({"Ok": {"port": 3}})
+    null = os.open("/dev/null", os.O_RDWR)
+    with crosvm_that_answers(path, done, usb({"Devices": slots}), done, usb("NoSuchPort")) as requests:
+        monitor: UsbMonitor = CrosvmMonitor(path)
+        assert monitor.attach_usb(null, "1-5") == "3"
+        assert monitor.list_usb() == [AttachedUsb("3", ids="0951:1666")]
+        monitor.detach_usb("3")
+        monitor.detach_usb("3")
+    os.close(null)
+    assert requests == [
+        {"UsbCommand": {"AttachDevice": {"file": 0}}},
+        "/dev/null",
+        {"UsbCommand": {"ListDevice": {"ports": list(range(16))}}},
+        {"UsbCommand": {"DetachDevice": {"port": 3}}},
+        {"UsbCommand": {"DetachDevice": {"port": 3}}},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        (usb("NoAvailablePort"), "is taken"),
+        (usb("NoSuchDevice"), "cannot use the device"),
+        ({"Err": errno.ENODEV}, "No such device"),
+    ],
+)
+def test_a_usb_device_that_crosvm_does_not_take(path: Path, answer: object, text: str) -> None:
+    with crosvm_that_answers(path, answer), pytest.raises(MonitorRefused, match=text):
+        CrosvmMonitor(path).attach_usb(0, "1-5")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["Ok", usb({"Ok": {"port": -1}}), usb({"Ok": 3}), usb("\x1b[2J"), usb([]), usb({"Devices": {}})],
+)
+@pytest.mark.parametrize("method", ["attach_usb", "list_usb"])
+def test_garbled_usb_answers_are_refused(path: Path, answer: object, method: str) -> None:
+    arguments = (0, "1-5") if method == "attach_usb" else ()
+    with crosvm_that_answers(path, answer), pytest.raises(MonitorGarbled) as caught:
+        getattr(CrosvmMonitor(path), method)(*arguments)
+    assert "\x1b" not in caught.value.message
 
 
 def test_refusal_carries_its_errno_and_a_hint(path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 
 import pytest
-from vmsilod.vmm import crosvm, qemu
+from vmsilod.vmm import cloud_hypervisor, crosvm, qemu
 from vmsilod.vmm.choose import VmmKind
 from vmsilod.vmm.drivers import DRIVERS
 from vmsilod.vmm.outcome import OutcomeKind
@@ -39,6 +39,21 @@ def test_crosvm_exit_codes(code: int, kind: OutcomeKind) -> None:
 )
 def test_qemu_exit_codes(code: int, guest_ran: bool, kind: OutcomeKind) -> None:  # noqa: FBT001
     assert qemu.explain_exit(code, None, guest_ran=guest_ran).kind is kind
+
+
+@pytest.mark.parametrize(
+    ("code", "guest_ran", "kind"),
+    [
+        (0, True, OutcomeKind.STOPPED),
+        (1, False, OutcomeKind.FAILED),
+        (1, True, OutcomeKind.CRASH),
+        (2, False, OutcomeKind.BAD_ARGUMENTS),
+        (101, True, OutcomeKind.CRASH),
+        (7, True, OutcomeKind.FAILED),
+    ],
+)
+def test_cloud_hypervisor_exit_codes(code: int, guest_ran: bool, kind: OutcomeKind) -> None:  # noqa: FBT001
+    assert cloud_hypervisor.explain_exit(code, None, guest_ran=guest_ran).kind is kind
 
 
 @pytest.mark.parametrize("vmm", VmmKind)

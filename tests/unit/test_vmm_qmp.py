@@ -16,7 +16,8 @@ from vmsilod.vmm.errors import (
     MonitorTimeout,
     MonitorUnreachable,
 )
-from vmsilod.vmm.qmp import MAX_LINE, QemuMonitor
+from vmsilod.vmm.monitor import MemoryState
+from vmsilod.vmm.qmp import HOTPLUG_ID, MAX_LINE, QemuMonitor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -101,6 +102,37 @@ def test_balloon_state(path: Path) -> None:
     }
     with qemu_that_answers(path, sizes):
         assert QemuMonitor(path).balloon_state().balloon == 600
+
+
+HOTPLUG = {"id": "hotplug0", "requested-size": 600, "size": 500, "max-size": 1000, "block-size": 2}
+
+
+def test_memory_is_what_was_there_and_what_is_plugged_in(path: Path) -> None:
+    answers = {
+        "query-memory-size-summary": [{"return": {"base-memory": 1000}}],
+        "query-memory-devices": [{"return": [{"type": "dimm"}, {"type": "virtio-mem", "data": HOTPLUG}]}],
+    }
+    with qemu_that_answers(path, answers):
+        state = QemuMonitor(path).memory_state()
+    assert state == MemoryState(requested=1600, actual=1500, maximum=2000)
+
+
+def test_memory_is_asked_for_beyond_what_was_there(path: Path) -> None:
+    answers = {"query-memory-size-summary": [{"return": {"base-memory": 1000}}], "qom-set": [OK]}
+    with qemu_that_answers(path, answers) as requests:
+        QemuMonitor(path).resize_memory(1600)
+    arguments = {"path": f"/machine/peripheral/{HOTPLUG_ID}", "property": "requested-size", "value": 600}
+    assert requests[-1] == {"execute": "qom-set", "arguments": arguments}
+
+
+@pytest.mark.parametrize("devices", [[], [{"type": "virtio-mem"}], {}, [{"type": "virtio-mem", "data": {}}]])
+def test_memory_of_a_machine_without_hotplug(path: Path, devices: object) -> None:
+    answers = {
+        "query-memory-size-summary": [{"return": {"base-memory": 1000}}],
+        "query-memory-devices": [{"return": devices}],
+    }
+    with qemu_that_answers(path, answers), pytest.raises(MonitorGarbled):
+        QemuMonitor(path).memory_state()
 
 
 def test_refusal_carries_its_class(path: Path) -> None:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from vmsilod.bus.names import check_name
 from vmsilod.bus.requests import describe_command
 from vmsilod.errors import BadRequest, Denied
+from vmsilod.pci.address import parse_address
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
 VIEW = "org.vmsilo1.view"
 START = "org.vmsilo1.start"
@@ -24,10 +25,14 @@ RUN = "org.vmsilo1.run"
 RUN_AS_ROOT = "org.vmsilo1.run-as-root"
 DEBUG = "org.vmsilo1.debug"
 RELOAD = "org.vmsilo1.reload"
-ACTIONS = (VIEW, START, STOP, KILL, RUN, RUN_AS_ROOT, DEBUG, RELOAD)
+MANAGE_DEVICES = "org.vmsilo1.manage-devices"
+ACTIONS = (VIEW, START, STOP, KILL, RUN, RUN_AS_ROOT, DEBUG, RELOAD, MANAGE_DEVICES)
 
 MANAGER_INTERFACE = "org.vmsilo1.Manager"
 VM_INTERFACE = "org.vmsilo1.VM"
+# The detail `command` of a login by ssh, which can run any.
+SSH_COMMAND = "(any, by ssh)"
+
 PROPERTIES_INTERFACE = "org.freedesktop.DBus.Properties"
 OBJECTS_INTERFACE = "org.freedesktop.DBus.ObjectManager"
 
@@ -70,13 +75,40 @@ def _of_named(*actions: str) -> Callable[[Message], Need]:
     return lambda message: Need(actions, {"vm": check_name(message.arguments[0])})
 
 
+def _of_device(message: Message) -> Need:
+    return Need((MANAGE_DEVICES,), {"device": _check_device(message.arguments[0])})
+
+
+def _check_device(text: str) -> str:
+    try:
+        return parse_address(text)
+    except ValueError as error:
+        raise BadRequest(str(error)) from error
+
+
 def _of_run(message: Message) -> Need:
     *name, argv, options = message.arguments
+    return _of_login(message, name, options, describe_command(argv))
+
+
+def _of_ssh(message: Message) -> Need:
+    *name, options = message.arguments
+    return _of_login(message, name, options, SSH_COMMAND)
+
+
+def _of_login(message: Message, name: Sequence[str], options: Mapping[str, Any], command: str) -> Need:
     root = options.get("root", False)
     if type(root) is not bool:
         raise BadRequest("option 'root' is not of type bool")
     vm = check_name(name[0]) if message.vm is None else message.vm
-    return Need((RUN_AS_ROOT if root else RUN,), {"vm": vm, "command": describe_command(argv)})
+    return Need((RUN_AS_ROOT if root else RUN,), {"vm": vm, "command": command})
+
+
+def _of_usb(message: Message) -> Need:
+    """The device's address is the last argument; a VM's name comes before it where there is one."""
+    *name, address = message.arguments
+    vm = {"vm": check_name(name[0])} if name else {}
+    return Need((MANAGE_DEVICES,), {**vm, "device": describe_command([address])})
 
 
 _TABLE: dict[tuple[str, str], Callable[[Message], Need]] = {
@@ -91,10 +123,23 @@ _TABLE: dict[tuple[str, str], Callable[[Message], Need]] = {
     (MANAGER_INTERFACE, "Kill"): _of_named(KILL),
     (MANAGER_INTERFACE, "Restart"): _of_named(STOP, START),
     (MANAGER_INTERFACE, "Run"): _of_run,
+    (MANAGER_INTERFACE, "GetMemory"): _of_named(VIEW),
+    (MANAGER_INTERFACE, "SetMemory"): _of_named(START),
+    (MANAGER_INTERFACE, "OpenSsh"): _of_ssh,
     (MANAGER_INTERFACE, "StartDebug"): _of_named(DEBUG),
+    (MANAGER_INTERFACE, "ListPci"): _of_all(VIEW),
+    (MANAGER_INTERFACE, "ClaimPci"): _of_device,
+    (MANAGER_INTERFACE, "ReleasePci"): _of_device,
+    (MANAGER_INTERFACE, "ListUsb"): _of_all(VIEW),
+    (MANAGER_INTERFACE, "AttachUsb"): _of_usb,
+    (MANAGER_INTERFACE, "DetachUsb"): _of_usb,
+    (MANAGER_INTERFACE, "ReleaseUsb"): _of_usb,
     (VM_INTERFACE, "Start"): _of_all(START),
     (VM_INTERFACE, "Stop"): _of_all(STOP),
     (VM_INTERFACE, "Kill"): _of_all(KILL),
     (VM_INTERFACE, "Restart"): _of_all(STOP, START),
     (VM_INTERFACE, "Run"): _of_run,
+    (VM_INTERFACE, "GetMemory"): _of_all(VIEW),
+    (VM_INTERFACE, "SetMemory"): _of_all(START),
+    (VM_INTERFACE, "OpenSsh"): _of_ssh,
 }

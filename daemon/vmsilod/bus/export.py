@@ -218,13 +218,13 @@ def _pack(types: Sequence[str], result: Any) -> tuple[GLib.Variant, Gio.UnixFDLi
     if "h" not in types:
         return GLib.Variant(f"({''.join(types)})", tuple(values)), None
     attached = Gio.UnixFDList.new()
-    for index, kind in enumerate(types):
-        if kind == "h":
-            fd = values[index]
-            try:
-                values[index] = attached.append(fd)
-            finally:
-                os.close(fd)
+    handles = [index for index, kind in enumerate(types) if kind == "h"]
+    fds = [values[index] for index in handles]
+    try:
+        for index, fd in zip(handles, fds, strict=True):
+            values[index] = attached.append(fd)
+    finally:
+        _close_all(fds)
     return GLib.Variant(f"({''.join(types)})", tuple(values)), attached
 
 

@@ -32,6 +32,19 @@ RUN_OPTIONS: dict[str, type] = {
 }
 
 
+SSH_OPTIONS: dict[str, type] = {"root": bool, "no-start": bool}
+
+
+@dataclass(frozen=True)
+class SshRequest:
+    """One login by ssh; `uid` is the caller's, as the bus says."""
+
+    name: str
+    uid: int
+    root: bool = False
+    start: bool = True
+
+
 @dataclass(frozen=True)
 class Terminal:
     rows: int
@@ -99,6 +112,11 @@ def parse_run(name: str, uid: int, argv: Sequence[str], options: Mapping[str, An
         detach=given.get("detach", False),
         start=not given.get("no-start", False),
     )
+
+
+def parse_ssh(name: str, uid: int, options: Mapping[str, Any]) -> SshRequest:
+    given = parse_options(options, SSH_OPTIONS)
+    return SshRequest(name, uid, root=given.get("root", False), start=not given.get("no-start", False))
 
 
 def describe_command(argv: Sequence[str]) -> str:

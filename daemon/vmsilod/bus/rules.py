@@ -35,6 +35,9 @@ polkit.addRule(function (action, subject) {
     // Root of the user's own guest is no privilege on the host.
     case "org.vmsilo1.run-as-root":
         return polkit.Result.YES;
+    // Host devices in the user's own VMs; what the host itself uses is refused to anybody.
+    case "org.vmsilo1.manage-devices":
+        return polkit.Result.YES;
     }
     return polkit.Result.NOT_HANDLED;
 });

@@ -28,7 +28,9 @@ from vmsilod.bus.views import (
     VmRemoved,
     VmView,
     find_changes,
+    pack_pci,
     pack_properties,
+    pack_usb,
     printable,
 )
 from vmsilod.errors import Denied, Failed
@@ -86,6 +88,15 @@ class VmObject:
     async def Run(self, call: Call, argv: list[str], options: dict[str, Any]) -> int:
         return await self._domain.run(requests.parse_run(self._name, call.uid, argv, options))
 
+    async def GetMemory(self, _call: Call) -> dict[str, int]:
+        return dict(await self._domain.read_memory(self._name))
+
+    async def SetMemory(self, _call: Call, size: int) -> dict[str, int]:
+        return dict(await self._domain.resize_memory(self._name, size))
+
+    async def OpenSsh(self, call: Call, options: dict[str, Any]) -> tuple[int, int, str, str]:
+        return await self._domain.open_ssh(requests.parse_ssh(self._name, call.uid, options))
+
 
 class RootObject:
     """The object at /org/vmsilo1: org.vmsilo1.Manager and the ObjectManager."""
@@ -128,12 +139,42 @@ class RootObject:
     async def Run(self, call: Call, name: str, argv: list[str], options: dict[str, Any]) -> int:
         return await self._domain.run(requests.parse_run(name, call.uid, argv, options))
 
+    async def GetMemory(self, _call: Call, name: str) -> dict[str, int]:
+        return dict(await self._domain.read_memory(name))
+
+    async def SetMemory(self, _call: Call, name: str, size: int) -> dict[str, int]:
+        return dict(await self._domain.resize_memory(name, size))
+
+    async def OpenSsh(self, call: Call, name: str, options: dict[str, Any]) -> tuple[int, int, str, str]:
+        return await self._domain.open_ssh(requests.parse_ssh(name, call.uid, options))
+
     async def Reload(self, _call: Call) -> list[str]:
         return [printable(text, 1024) for text in await self._domain.reload()]
 
     async def Check(self, _call: Call) -> list[dict[str, str]]:
         problems = await self._domain.check()
         return [{key: printable(text, 1024) for key, text in problem.items()} for problem in problems]
+
+    async def ListPci(self, _call: Call) -> list[dict[str, GLib.Variant]]:
+        return [pack_pci(view) for view in await self._domain.find_pci()]
+
+    async def ClaimPci(self, _call: Call, address: str) -> None:
+        await self._domain.claim_pci(address)
+
+    async def ReleasePci(self, _call: Call, address: str) -> str:
+        return printable(await self._domain.release_pci(address))
+
+    async def ListUsb(self, _call: Call) -> list[dict[str, GLib.Variant]]:
+        return [pack_usb(view) for view in await self._domain.usb.list_devices()]
+
+    async def AttachUsb(self, _call: Call, name: str, device: str) -> None:
+        await self._domain.usb.attach(name, device)
+
+    async def DetachUsb(self, _call: Call, name: str, device: str) -> None:
+        await self._domain.usb.detach(name, device)
+
+    async def ReleaseUsb(self, _call: Call, device: str) -> None:
+        await self._domain.usb.release(device)
 
     async def StartDebug(self, call: Call, name: str, *handles: int) -> str:
         fds: list[int] = []
@@ -198,7 +239,8 @@ class Service:
         old = vm.view
         vm.update(view)
         if old.state != view.state:
-            self._root.VmStateChanged(view.name, view.state, printable(view.last_result))
+            reason = view.last_result if view.state in ("stopped", "failed", "broken") else ""
+            self._root.VmStateChanged(view.name, view.state, printable(reason))
 
     def _apply_reload(self, change: Reloaded) -> None:
         self._root.ConfigurationReloaded(change.vms, change.problems)

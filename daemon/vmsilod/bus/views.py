@@ -13,7 +13,8 @@ from gi.repository import GLib
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from vmsilod.bus.requests import RunRequest
+    from vmsilod.bus.requests import RunRequest, SshRequest
+    from vmsilod.pci.ledger import PciView
 
 TEXT_MAX = 256
 
@@ -39,9 +40,28 @@ class VmView:
     cid: int = 0
     since: int = 0
     last_result: str = ""
+    last_outcome: str = ""
     auto_start: bool = False
     depends_on: tuple[str, ...] = ()
     unit: str = ""
+
+
+@dataclass(frozen=True)
+class UsbView:
+    """A USB device of the host. `rule` and `obstacle` are for people."""
+
+    port: str
+    vendor: str
+    product: str
+    serial: str = ""
+    title: str = ""
+    kinds: tuple[str, ...] = ()
+    speed: str = ""
+    hub: bool = False
+    host_drivers: tuple[str, ...] = ()
+    vm: str = ""
+    rule: str = ""
+    obstacle: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,6 +78,19 @@ class Reloaded:
 
 
 Change = VmView | VmRemoved | Reloaded
+
+
+class UsbDomain(Protocol):
+    """USB devices of the host, as Domain. An address is BUS-PORT, VID:PID or VID:PID:SERIAL."""
+
+    async def list_devices(self) -> Sequence[UsbView]: ...
+
+    async def attach(self, name: str, untrusted_address: str) -> None: ...
+
+    async def detach(self, name: str, untrusted_address: str) -> None: ...
+
+    async def release(self, untrusted_address: str) -> None:
+        """Let the host's drivers have it again."""
 
 
 class Domain(Protocol):
@@ -77,12 +110,32 @@ class Domain(Protocol):
     async def run(self, request: RunRequest) -> int:
         """A descriptor connected to the guest agent, with SPAWN sent. The caller owns it."""
 
+    async def read_memory(self, name: str) -> Mapping[str, int]:
+        """MiB: configured, maximum, and of a running VM requested and actual."""
+
+    async def resize_memory(self, name: str, size: int) -> Mapping[str, int]:
+        """As read_memory; the guest has been asked to have `size` MiB."""
+
+    async def open_ssh(self, request: SshRequest) -> tuple[int, int, str, str]:
+        """A descriptor connected to the guest's sshd and one of the login's private key, both the caller's
+        to close; the login's name; the guest's public host key."""
+
     async def reload(self) -> Sequence[str]: ...
 
     async def check(self) -> Sequence[Mapping[str, str]]: ...
 
+    async def find_pci(self) -> Sequence[PciView]: ...
+
+    async def claim_pci(self, address: str) -> None: ...
+
+    async def release_pci(self, address: str) -> str:
+        """The host's driver that has the device now, "" for none."""
+
     async def start_debug(self, name: str, fds: tuple[int, int, int]) -> str:
         """The unit that runs the VM. From the call on the domain owns the descriptors, whatever happens."""
+
+    @property
+    def usb(self) -> UsbDomain: ...
 
     def subscribe(self, callback: Callable[[Change], None]) -> Callable[[], None]:
         """Call back on the loop after every change, until the returned function is called."""
@@ -104,10 +157,49 @@ _PROPERTIES: dict[str, tuple[str, str]] = {
     "Cid": ("u", "cid"),
     "Since": ("t", "since"),
     "LastResult": ("s", "last_result"),
+    "LastOutcome": ("s", "last_outcome"),
     "AutoStart": ("b", "auto_start"),
     "DependsOn": ("as", "depends_on"),
     "Unit": ("s", "unit"),
 }
+
+
+_PCI_ENTRIES: dict[str, tuple[str, str]] = {
+    "Address": ("s", "address"),
+    "Class": ("s", "class_code"),
+    "Name": ("s", "name"),
+    "Driver": ("s", "driver"),
+    "Group": ("i", "group"),
+    "State": ("s", "state"),
+    "Vm": ("s", "vm"),
+    "Isolated": ("b", "isolated"),
+    "Resets": ("as", "resets"),
+    "Note": ("s", "note"),
+}
+
+
+def pack_pci(view: PciView) -> dict[str, GLib.Variant]:
+    return {name: _pack(kind, getattr(view, field)) for name, (kind, field) in _PCI_ENTRIES.items()}
+
+
+_USB_PROPERTIES: dict[str, tuple[str, str]] = {
+    "Port": ("s", "port"),
+    "Vendor": ("s", "vendor"),
+    "Product": ("s", "product"),
+    "Serial": ("s", "serial"),
+    "Title": ("s", "title"),
+    "Kinds": ("as", "kinds"),
+    "Speed": ("s", "speed"),
+    "Hub": ("b", "hub"),
+    "HostDrivers": ("as", "host_drivers"),
+    "Vm": ("s", "vm"),
+    "Rule": ("s", "rule"),
+    "Obstacle": ("s", "obstacle"),
+}
+
+
+def pack_usb(view: UsbView) -> dict[str, GLib.Variant]:
+    return {name: _pack(kind, getattr(view, field)) for name, (kind, field) in _USB_PROPERTIES.items()}
 
 
 def pack_properties(view: VmView) -> dict[str, GLib.Variant]:

@@ -14,15 +14,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vmsilod.config.load import DEFAULT_ROOTS, load_configuration
+from vmsilod.config.problems import Problem
+from vmsilod.pci.initramfs import find_stale
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vmsilod.config.problems import Problem
+    from vmsilod.config.load import Configuration
 
 
 def format_problem(problem: Problem) -> str:
     return str(problem) + (f"\n    {problem.hint}" if problem.hint else "")
+
+
+def find_warnings(configuration: Configuration) -> list[Problem]:
+    warnings = list(configuration.warnings)
+    if configuration.settings is not None:
+        stale = find_stale(configuration.settings.isolated_pci_devices)
+        if stale is not None:
+            warnings.append(Problem("", "isolated_pci_devices", *stale))
+    return warnings
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -43,6 +54,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     configuration = load_configuration(arguments.root or DEFAULT_ROOTS)
+    for warning in () if arguments.json else find_warnings(configuration):
+        print(f"warning: {format_problem(warning)}")
     if arguments.json:
         print(json.dumps([dataclasses.asdict(problem) for problem in configuration.problems], indent=2))
     elif configuration.problems:

@@ -12,11 +12,13 @@ import stat
 from typing import TYPE_CHECKING
 
 from vmsilod.config.problems import Problem
+from vmsilod.vmm import vhost_user
+from vmsilod.vmm.launch import VhostUserDevice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from vmsilod.config.schema import GlobalConfig, VmFile
+    from vmsilod.config.schema import GlobalConfig, PciDevice, UsbDevice, VmFile
 
 
 def check_account(settings: GlobalConfig, file: str) -> list[Problem]:
@@ -56,6 +58,40 @@ def _find_fault(path: str, *, block_device_allowed: bool) -> str | None:
     return None
 
 
+MEMORY_STEP = 128
+"""MiB: what virtio-mem regions of cloud-hypervisor, and memory blocks of an x86 guest, come in."""
+
+
+def check_vmm(vm: VmFile, vmm: str, find_origin: Callable[[tuple[str, ...]], str]) -> list[Problem]:
+    """What the VMM of this VM cannot do; of "auto" it shows when the VM is started."""
+    problems = []
+    if vm.memory_max is not None:
+        fact, hint = _find_memory_fault(vm.memory, vm.memory_max, vmm)
+        if fact:
+            problems.append(Problem(find_origin(("memory_max",)), "memory_max", fact, hint, vm=vm.name))
+    for key in ("pci_devices", "usb_devices", "usb") if vmm == "cloud-hypervisor" else ():
+        if getattr(vm, key):
+            fact, hint = "not with cloud-hypervisor", 'set vmm to "crosvm" or "qemu"'
+            problems.append(Problem(find_origin((key,)), key, fact, hint, vm=vm.name))
+    for device in vm.vhost_user if vmm != "auto" else ():
+        shape = VhostUserDevice(device.type, device.socket, tuple(device.options.items()))
+        if fault := vhost_user.find_fault(shape, vmm):
+            fact, hint = fault
+            problems.append(Problem(find_origin(("vhost_user",)), "vhost_user", fact, hint, vm=vm.name))
+    return problems
+
+
+def _find_memory_fault(memory: int, maximum: int, vmm: str) -> tuple[str, str]:
+    if maximum <= memory:
+        return f"{maximum} is not above memory ({memory})", "leave it out to keep the memory as it is"
+    if (maximum - memory) % MEMORY_STEP:
+        nearest = memory + -(-(maximum - memory) // MEMORY_STEP) * MEMORY_STEP
+        return f"{maximum} is not memory plus a multiple of {MEMORY_STEP}", f"{nearest} is"
+    if vmm == "crosvm":
+        return "crosvm cannot plug memory in", 'set vmm to "cloud-hypervisor" or "qemu"'
+    return "", ""
+
+
 def find_cycles(depends_on: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
     """For every VM on a cycle the shortest chain from it back to itself: {"a": ("a", "b", "a")}."""
     cycles: dict[str, tuple[str, ...]] = {}
@@ -83,6 +119,21 @@ def check_cycles(depends_on: Mapping[str, tuple[str, ...]], files: Mapping[str, 
     return problems
 
 
+def check_usb_rules(rules: Mapping[str, tuple[UsbDevice, ...]], files: Mapping[str, str]) -> list[Problem]:
+    """A warning, which disables no VM: two VMs have one and the same rule."""
+    problems = []
+    seen: dict[UsbDevice, str] = {}
+    for name, entries in sorted(rules.items()):
+        for rule in dict.fromkeys(entries):
+            first = seen.setdefault(rule, name)
+            if first != name:
+                ids = ":".join(part for part in (rule.vendor, rule.product, rule.serial) if part)
+                fact = f"the VM {first} has the rule {ids}, too"
+                hint = "of the two that run the one that was started first gets the device"
+                problems.append(Problem(files[name], "usb_devices", fact, hint))
+    return problems
+
+
 def find_dangling(
     depends_on: Mapping[str, tuple[str, ...]], files: Mapping[str, str], broken: frozenset[str]
 ) -> list[Problem]:
@@ -104,3 +155,23 @@ def find_dangling(
             return problems
         problems += found
         lost |= {problem.vm for problem in found if problem.vm}
+
+
+def find_shared_devices(
+    devices: Mapping[str, tuple[PciDevice, ...]], files: Mapping[str, str]
+) -> list[Problem]:
+    """A PCI device of two VMs is no mistake: they cannot run at the same time."""
+    owners: dict[str, list[str]] = {}
+    for name, listed in devices.items():
+        for device in listed:
+            owners.setdefault(device.path, []).append(name)
+    return [
+        Problem(
+            files[name],
+            "pci_devices",
+            f"{path} is also listed by {', '.join(other for other in names if other != name)}",
+            "only one of them can run at a time",
+        )
+        for path, names in owners.items()
+        for name in (names if len(names) > 1 else ())
+    ]

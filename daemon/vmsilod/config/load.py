@@ -52,6 +52,8 @@ class Configuration:
     vms: Mapping[str, VmConfig]
     problems: tuple[Problem, ...]
     broken: Mapping[str, tuple[Problem, ...]]
+    warnings: tuple[Problem, ...] = ()
+    """What will work only in part; nothing is disabled for it."""
 
 
 @dataclass
@@ -76,6 +78,9 @@ def load_configuration(roots: Sequence[Path] = DEFAULT_ROOTS, checks: Checks | N
     sets, more = find_vms(roots)
     found.problems += more
     _load_vms(found, sets, checks, ownership=ownership)
+    for vm, document in found.vms.values():
+        vmm = vm.vmm or (settings.vmm if settings else "auto")
+        found.problems += checking.check_vmm(vm, vmm, document.find_origin)
     _check_dependencies(found)
     return _conclude(settings, found)
 
@@ -172,6 +177,8 @@ def _validate(
 def _find_known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     """The keys of the table that holds `location`."""
     for part in location[:-1]:
+        if isinstance(part, int):
+            continue  # a place in a list of tables
         information = model.model_fields.get(str(part))
         annotation = information.annotation if information else None
         tables = [t for t in (annotation, *getattr(annotation, "__args__", ())) if isinstance(t, type)]
@@ -186,6 +193,9 @@ def _check_dependencies(found: _Found) -> None:
     depends_on = {name: vm.depends_on for name, (vm, _) in found.vms.items()}
     files = {name: document.find_origin(("depends_on",)) for name, (_, document) in found.vms.items()}
     found.problems += checking.check_cycles(depends_on, files)
+    rules = {name: vm.usb_devices for name, (vm, _) in found.vms.items()}
+    places = {name: document.find_origin(("usb_devices",)) for name, (_, document) in found.vms.items()}
+    found.problems += checking.check_usb_rules(rules, places)
     found.problems += checking.find_dangling(depends_on, files, found.broken_names())
 
 
@@ -204,4 +214,10 @@ def _conclude(settings: GlobalConfig | None, found: _Found) -> Configuration:
             )
             continue
         vms[name] = resolve_vm(settings, vm, document.sources)
-    return Configuration(settings, MappingProxyType(vms), tuple(found.problems), MappingProxyType(broken))
+    warnings = checking.find_shared_devices(
+        {name: vm.pci_devices for name, vm in vms.items()},
+        {name: found.vms[name][1].find_origin(("pci_devices",)) for name in vms},
+    )
+    return Configuration(
+        settings, MappingProxyType(vms), tuple(found.problems), MappingProxyType(broken), tuple(warnings)
+    )

@@ -15,15 +15,20 @@ from pydantic import Field
 from vmsilod.config.schema import (
     AbsolutePath,
     AccountName,
+    CloudHypervisorOptions,
     Color,
     CrosvmOptions,
     GlobalConfig,
     ImageName,
     KernelParams,
+    PciDevices,
     QemuOptions,
+    RestartPolicy,
     RootDisk,
     Seconds,
     Table,
+    UsbDevices,
+    VhostUserDevices,
     VmFile,
     VmmChoice,
     VmName,
@@ -34,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # Not part of what a running VM is made of: a change of these never asks for its restart.
-_OUTSIDE_DIGEST = {"sources", "auto_start"}
+_OUTSIDE_DIGEST = {"sources", "auto_start", "restart", "usb_devices"}
 
 
 class VmConfig(Table):
@@ -43,6 +48,7 @@ class VmConfig(Table):
     name: VmName
     user: AccountName
     memory: int
+    memory_max: int | None = None
     cpus: int
     color: Color
     image: ImageName
@@ -51,11 +57,18 @@ class VmConfig(Table):
     kernel_params: KernelParams = ()
     root_disk: RootDisk | None = None
     root_disk_readonly: bool = True
+    ssh: bool = True
     vmm: VmmChoice = "auto"
     crosvm: CrosvmOptions = CrosvmOptions()
     qemu: QemuOptions = QemuOptions()
+    usb: bool = False
+    usb_devices: UsbDevices = ()
+    cloud_hypervisor: CloudHypervisorOptions = CloudHypervisorOptions()
+    vhost_user: VhostUserDevices = ()
     auto_start: bool = False
     depends_on: VmNames = ()
+    restart: RestartPolicy = RestartPolicy()
+    pci_devices: PciDevices = ()
     start_timeout: Seconds
     stop_timeout: Seconds
     sources: Annotated[tuple[str, ...], Field(strict=False)] = ()
@@ -65,9 +78,14 @@ class VmConfig(Table):
         """The root disk of its own, None for the image's."""
         return self.root_disk.path if self.root_disk else None
 
+    @property
+    def wants_usb(self) -> bool:
+        """Whether it gets a controller, which it can get only at its start."""
+        return self.usb or bool(self.usb_devices)
+
     def digest(self) -> str:
         """SHA-256 (hex) over the canonical JSON of what makes up a running VM."""
-        content = self.model_dump(mode="json", exclude=_OUTSIDE_DIGEST)
+        content = self.model_dump(mode="json", exclude=_OUTSIDE_DIGEST) | {"usb": self.wants_usb}
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
@@ -81,7 +99,8 @@ class VmConfig(Table):
 
 
 def resolve_vm(settings: GlobalConfig, vm: VmFile, sources: Sequence[str]) -> VmConfig:
-    own = vm.model_dump(exclude={"crosvm", "qemu", "root_disk"}, exclude_none=True)
+    tables = {"crosvm", "qemu", "cloud_hypervisor", "root_disk", "vhost_user", "usb_devices"}
+    own = vm.model_dump(exclude=tables, exclude_none=True)
     inherited = {
         key: getattr(settings, key)
         for key in ("user", "image", "vmm", "start_timeout", "stop_timeout")
@@ -97,6 +116,18 @@ def resolve_vm(settings: GlobalConfig, vm: VmFile, sources: Sequence[str]) -> Vm
         machine=vm.qemu.machine or settings.qemu.machine,
         extra_args=settings.qemu.extra_args + vm.qemu.extra_args,
     )
+    cloud_hypervisor = CloudHypervisorOptions(
+        log_level=vm.cloud_hypervisor.log_level or settings.cloud_hypervisor.log_level,
+        extra_args=settings.cloud_hypervisor.extra_args + vm.cloud_hypervisor.extra_args,
+    )
     return VmConfig(
-        **own, **inherited, crosvm=crosvm, qemu=qemu, root_disk=vm.root_disk, sources=tuple(sources)
+        **own,
+        **inherited,
+        crosvm=crosvm,
+        qemu=qemu,
+        cloud_hypervisor=cloud_hypervisor,
+        vhost_user=vm.vhost_user,
+        root_disk=vm.root_disk,
+        usb_devices=vm.usb_devices,
+        sources=tuple(sources),
     )

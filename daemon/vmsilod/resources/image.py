@@ -14,14 +14,16 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from vmsilo_image.cpio import secret_archive
+from vmsilo_image.cpio import SshKeys, check_login, secret_archive
 
 from vmsilod.errors import StartFailed
 from vmsilod.resources.paths import open_safely
 
 IMAGES_DIR = Path("/var/lib/vmsilo/images")
 COPY_CHUNK = 1 << 24
+PMEM_ALIGNMENT = 2 << 20  # bytes; of a huge page, in which virtio-pmem is mapped
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,9 @@ class BootFiles:
     initrd: Path | None
     root: Path
     version: str
+    pmem: bool = False
+    """The image says that its root may be persistent memory: its initrd has the driver for that."""
+    login: str = "user"  # the guest's user, as the image's manifest says
 
 
 @dataclass(frozen=True)
@@ -48,24 +53,36 @@ def find_boot_files(choice: BootChoice, images: Path = IMAGES_DIR) -> BootFiles:
     """Resolve the image's current version once, so that a switch during a start cannot mix two versions."""
     needs_image = not (choice.kernel and choice.root_disk)
     base = Path()
+    manifest: dict[str, Any] = {}
+    login = "user"
     if needs_image:
         link = images / choice.image / "current"
         try:
             base = link.resolve(strict=True)
-            json.loads((base / "manifest.json").read_text())
-        except (OSError, ValueError) as error:
+            manifest = json.loads((base / "manifest.json").read_text())
+            login = check_login(manifest.get("user", login))
+        except (OSError, ValueError, AttributeError, TypeError) as error:
             raise StartFailed(
                 f"image '{choice.image}' has no usable current version in {images}",
                 f"sudo vmsilo image build {choice.image}",
             ) from error
     own_kernel = choice.kernel is not None
+    all_of_image = not (choice.kernel or choice.initramfs or choice.root_disk)
     initrd = Path(choice.initramfs) if choice.initramfs else (None if own_kernel else base / "initrd")
     return BootFiles(
         kernel=Path(choice.kernel) if choice.kernel else base / "vmlinuz",
         initrd=initrd,
         root=Path(choice.root_disk) if choice.root_disk else base / "root.erofs",
         version=base.name if needs_image else "custom",
+        pmem=all_of_image and manifest.get("pmem") is True,
+        login=login,
     )
+
+
+def is_pmem(files: BootFiles, root_fd: int) -> bool:
+    """Whether the root can be given to a guest as persistent memory."""
+    status = os.fstat(root_fd)
+    return files.pmem and stat.S_ISREG(status.st_mode) and status.st_size % PMEM_ALIGNMENT == 0
 
 
 def open_file(path: Path, *, writable: bool = False) -> int:
@@ -80,27 +97,48 @@ def open_file(path: Path, *, writable: bool = False) -> int:
     return fd
 
 
-def make_initrd(initrd: Path | None, secret: str) -> int:
+def make_initrd(
+    initrd: Path | None, secret: str, ssh: SshKeys | None = None, directory: Path | None = None
+) -> int:
     """A sealed memory file: the initrd, padded to 4 bytes, and behind it a cpio archive that holds only the
-    secret.
+    secret and the ssh keys.
 
     The kernel unpacks concatenated archives one after the other
     (Documentation/driver-api/early-userspace/buffer-format). A command line would show the secret: argv to
     every user of the host, /proc/cmdline to every user of the guest.
+
+    With `directory`, which has to be on a tmpfs, a nameless file there instead, which nobody but its holders
+    can open: Landlock rules cannot name a memory file.
     """
-    target = os.memfd_create("vmsilo-initrd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    if directory is None:
+        target = os.memfd_create("vmsilo-initrd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    else:
+        target = _create_nameless(directory)
     try:
         size = _copy(initrd, target) if initrd is not None else 0
-        os.pwrite(target, b"\0" * (-size % 4) + secret_archive(secret), size)
-        seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-        fcntl.fcntl(target, fcntl.F_ADD_SEALS, seals)
+        os.pwrite(target, b"\0" * (-size % 4) + secret_archive(secret, ssh), size)
+        if directory is None:
+            seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+            fcntl.fcntl(target, fcntl.F_ADD_SEALS, seals)
         # Every open of a memory file is checked against its mode: the VMM's uid opens it again by
         # /proc/self/fd.
         os.fchmod(target, 0o444)
+        if directory is None:
+            return target
+        # The VMM gets it for reading only: by the mode, and by this descriptor.
+        readable = os.open(f"/proc/self/fd/{target}", os.O_RDONLY | os.O_CLOEXEC)
     except BaseException:
         os.close(target)
         raise
-    return target
+    os.close(target)
+    return readable
+
+
+def _create_nameless(directory: Path) -> int:
+    try:
+        return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StartFailed(f"cannot make a file in {directory}: {error.strerror}") from error
 
 
 def _copy(source: Path, target: int) -> int:

@@ -23,7 +23,8 @@ STATE_DIR = Path("/run/vmsilo/state")
 @dataclass(frozen=True)
 class Record:
     """One VM's lease: `invocation` is systemd's INVOCATION_ID of the unit run that holds it; `config` is
-    the JSON of the configuration that it was started with.
+    the JSON of the configuration that it was started with, `login` the guest's user. `ran`: the VMM has got
+    as far as running the guest; `stopping`: somebody asked for the end.
     """
 
     name: str
@@ -35,6 +36,9 @@ class Record:
     hybrid: bool = False
     config: str = ""
     launched: bool = False
+    login: str = "user"
+    ran: bool = False
+    stopping: bool = False
 
 
 def save_record(record: Record, directory: Path = STATE_DIR) -> None:

@@ -56,6 +56,22 @@ VMM_SANDBOXED_BY_SYSTEMD = f"""\
 SystemCallFilter=~@privileged
 """
 
+VMM_LIBUSB = """\
+# QEMU's libusb does not start without a socket on which it hears of devices. In a network namespace
+# of its own this shows it the kernel's events, and no network. Devices come as open descriptors.
+RestrictAddressFamilies=AF_NETLINK
+"""
+
+VMM_SANDBOXED_BY_BOTH = f"""\
+# cloud-hypervisor filters the system calls of each of its threads and closes the file system with Landlock;
+# what it is before it does so, and a thread that it forgot, are held by this.
+{_NO_NAMESPACES}MemoryDenyWriteExecute=yes
+SystemCallFilter=@system-service seccomp landlock_create_ruleset landlock_add_rule landlock_restrict_self
+# umask: it sets its own to 0077 before it makes the vsock socket, to which vmsilo-relayd, in the directory's
+# group, could then not connect. It does not mind that the call fails.
+SystemCallFilter=~@privileged umask
+"""
+
 HELPER = f"""
 {_EVERY}PrivateDevices=yes
 DevicePolicy=closed

@@ -11,7 +11,14 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from vmsilod.units.hardening import HELPER, VMM_EVERY, VMM_SANDBOXED_BY_ITSELF, VMM_SANDBOXED_BY_SYSTEMD
+from vmsilod.units.hardening import (
+    HELPER,
+    VMM_EVERY,
+    VMM_LIBUSB,
+    VMM_SANDBOXED_BY_BOTH,
+    VMM_SANDBOXED_BY_ITSELF,
+    VMM_SANDBOXED_BY_SYSTEMD,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,8 +36,17 @@ _STOP_MARGIN = 10
 _PREPARE_TIMEOUT = 90
 # Bytes: below the kernel's SKB_WITH_OVERHEAD(32 KiB), above which its vsock packets are not linear.
 _HYBRID_BUFFER = 28 * 1024
+PCI_MODULE = "modprobe@vfio_pci.service"
 _ACCOUNT = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _PATH = re.compile(r"/[A-Za-z0-9_./+-]*")
+
+
+Vmm = Literal["crosvm", "qemu", "cloud-hypervisor"]
+_SANDBOXES: dict[Vmm, str] = {
+    "crosvm": VMM_SANDBOXED_BY_ITSELF,
+    "qemu": VMM_SANDBOXED_BY_SYSTEMD,
+    "cloud-hypervisor": VMM_SANDBOXED_BY_BOTH,
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +66,7 @@ class UnitContext:
     """
 
     owner: str
-    vmm: Literal["crosvm", "qemu"]
+    vmm: Vmm
     groups: frozenset[str] = frozenset()
     hybrid_cid: int | None = None
     paths: UnitPaths = field(default_factory=UnitPaths)
@@ -166,6 +182,7 @@ def _render_vm(vm: VmConfig, context: UnitContext) -> str:
     )
     needed = " ".join(vm_unit(name) for name in vm.depends_on)
     wants = f"# depends_on\nWants={needed}\nAfter={needed}\n" if needed else ""
+    wants += _render_pci_order(vm)
     return f"""{_render_header(vm)}
 [Unit]
 Description=vmsilo VM {vm.name}
@@ -193,7 +210,7 @@ Description=vmsilo VM {vm.name} with its console on the terminal of vm-start-deb
 Conflicts={vm_unit(vm.name)} {socket_unit(vm.name)}
 Wants={DAEMONS_TARGET}
 After={vm_unit(vm.name)} {socket_unit(vm.name)} {DAEMONS_TARGET}
-StartLimitIntervalSec=0
+{_render_pci_order(vm)}StartLimitIntervalSec=0
 
 [Service]
 Restart=no
@@ -203,7 +220,6 @@ Restart=no
 def _render_service(vm: VmConfig, context: UnitContext) -> str:
     """What both services of a VM have in common."""
     launch = f"{context.paths.libdir}/bin/vmsilo-launch"
-    own_sandbox = context.vmm == "crosvm"
     return f"""Type=notify
 # vmsilo-launch reports and then becomes the VMM; no child of the VMM may speak for it.
 NotifyAccess=main
@@ -223,15 +239,37 @@ DynamicUser=yes
 User={user_name(vm.name)}
 {_render_groups(context)}StandardInput=null
 SyslogIdentifier=vmsilo-{vm.name}
-UMask=0077
+{_render_writable(context)}\
 # One process holds the descriptors of all devices; crosvm refuses less than 4096, its GPU device wants
 # 32768.
 LimitNOFILE=65536
 # A core dump would hold the guest's memory.
 LimitCORE=0
-
+{_render_pci(vm)}
 {VMM_EVERY}
-{VMM_SANDBOXED_BY_ITSELF if own_sandbox else VMM_SANDBOXED_BY_SYSTEMD}"""
+{_SANDBOXES[context.vmm]}{VMM_LIBUSB if vm.wants_usb and context.vmm == "qemu" else ""}"""
+
+
+def _render_pci(vm: VmConfig) -> str:
+    if not vm.pci_devices:
+        return ""
+    return """\
+# pci_devices: a VFIO group's node belongs to this VM's uid while it runs, so the others stay closed to it.
+DeviceAllow=/dev/vfio/vfio rw
+DeviceAllow=char-vfio rw
+# The device reaches all of the guest's memory, which is therefore locked.
+LimitMEMLOCK=infinity
+"""
+
+
+def _render_pci_order(vm: VmConfig) -> str:
+    if not vm.pci_devices:
+        return ""
+    return f"""\
+# pci_devices: systemd needs the device numbers when it makes the device policy.
+Wants={PCI_MODULE}
+After={PCI_MODULE}
+"""
 
 
 def _render_restart(context: UnitContext) -> str:
@@ -240,7 +278,20 @@ def _render_restart(context: UnitContext) -> str:
     return """Restart=no
 # Guest reset: crosvm exits with 32 and never reboots the guest by itself.
 RestartForceExitStatus=32
+# One that meets a stop is no failure.
+SuccessExitStatus=32
 RestartSec=500ms
+"""
+
+
+def _render_writable(context: UnitContext) -> str:
+    if context.vmm != "cloud-hypervisor":
+        return "UMask=0077\n"
+    return f"""# It makes the socket of its own vsock, to which vmsilo-relayd, in the directory's group,
+# connects; the directory (0770) keeps all others out. That one does not exist yet, so what is
+# writable here is the place where it will be, which belongs to root.
+UMask=0000
+ReadWritePaths={RUN_DIRECTORY}/vm
 """
 
 

@@ -33,12 +33,20 @@ _KVM_HINT = "switch on virtualisation in the firmware and load kvm_intel or kvm_
 class VmmKind(enum.Enum):
     CROSVM = "crosvm"
     QEMU = "qemu"
+    CLOUD_HYPERVISOR = "cloud-hypervisor"
 
 
-BINARIES = {VmmKind.CROSVM: "crosvm", VmmKind.QEMU: "qemu-system-x86_64"}
+BINARIES = {
+    VmmKind.CROSVM: "crosvm",
+    VmmKind.QEMU: "qemu-system-x86_64",
+    VmmKind.CLOUD_HYPERVISOR: "cloud-hypervisor",
+}
+_NEED_KVM = frozenset({VmmKind.CROSVM, VmmKind.CLOUD_HYPERVISOR})
 _HINTS = {
     VmmKind.CROSVM: "crosvm has no Debian package: build it, put it into /usr/local/bin, or set vmm to qemu",
     VmmKind.QEMU: "install the package qemu-system-x86 (Debian) or your distribution's equal",
+    VmmKind.CLOUD_HYPERVISOR: "put cloud-hypervisor (its project releases static binaries) into"
+    " /usr/local/bin, or set vmm to qemu",
 }
 
 
@@ -57,7 +65,7 @@ class KvmStatus:
 
 
 def choose_vmm(
-    wanted: Literal["auto", "crosvm", "qemu"],
+    wanted: Literal["auto", "crosvm", "qemu", "cloud-hypervisor"],
     *,
     kvm: bool = True,
     find: Callable[[str], str | None] = shutil.which,
@@ -69,8 +77,8 @@ def choose_vmm(
     binary = find(BINARIES[kind])
     if binary is None:
         raise MissingVmm(f"{BINARIES[kind]} is not installed", _HINTS[kind])
-    if kind is VmmKind.CROSVM and not kvm:
-        raise KvmNeeded("crosvm needs KVM, which cannot be used on this host", _KVM_HINT)
+    if kind in _NEED_KVM and not kvm:
+        raise KvmNeeded(f"{kind.value} needs KVM, which cannot be used on this host", _KVM_HINT)
     return VmmChoice(kind, binary, f"{kind.value} is configured")
 
 

@@ -16,6 +16,7 @@ from vmsilod.vmm.escape import check_argument, quote_crosvm
 from vmsilod.vmm.kernel_params import plan_kernel_params
 from vmsilod.vmm.launch import ENVIRONMENT, Console, HybridVsock, KernelVsock, Launch, PassedFds
 from vmsilod.vmm.outcome import Outcome, OutcomeKind, explain_signal
+from vmsilod.vmm.vhost_user import plan_crosvm as plan_vhost_user
 
 if TYPE_CHECKING:
     from vmsilod.vmm.launch import Disk, Leases, VmShape
@@ -49,15 +50,23 @@ _SIGNAL_CAUSES: dict[int, str] = {
 def plan_launch(vm: VmShape, leases: Leases, *, console: Console, binary: str) -> Launch:
     """argv of `crosvm run`; see docs/vmm.md for each option's reason."""
     _check_extra_args(vm)
+    if vm.memory_max_mib is not None:
+        raise LaunchRefused(
+            f"{vm.name} has memory_max, and crosvm cannot plug memory in",
+            'set vmm to "cloud-hypervisor" or "qemu", or leave memory_max out',
+        )
     fds = PassedFds()
     argv = [binary, "--log-level", _check_log_level(vm.crosvm.log_level), "--no-syslog", "--extended-status"]
     argv += [*vm.crosvm.extra_args, "run"]
     argv += ["--name", check_argument(vm.name)[:_COMM_LENGTH]]
     argv += ["--socket", fds.path(leases.monitor_fd)]
     argv += ["--mem", f"size={vm.memory_mib}", "--cpus", f"num-cores={vm.cpus}"]
-    argv += ["--nested", "off", "--no-usb", "--pivot-root", check_argument(leases.empty_dir)]
-    argv += _vsock_args(leases.vsock, fds)
+    argv += ["--nested", "off", *([] if vm.usb else ["--no-usb"])]
+    argv += ["--pivot-root", check_argument(leases.empty_dir)]
+    argv += _vsock_args(leases, fds)
     argv += _disk_args(leases.root, fds)
+    argv += plan_vhost_user(vm, leases, fds)
+    argv += _pci_args(vm)
     argv += _console_args(console)
     if leases.initrd_fd is not None:
         argv += ["--initrd", fds.path(leases.initrd_fd)]
@@ -68,9 +77,12 @@ def plan_launch(vm: VmShape, leases: Leases, *, console: Console, binary: str) -
     return Launch(tuple(argv), ENVIRONMENT, fds.passed())
 
 
-def _vsock_args(vsock: KernelVsock | HybridVsock, fds: PassedFds) -> list[str]:
+def _vsock_args(leases: Leases, fds: PassedFds) -> list[str]:
+    vsock = leases.vsock
     if isinstance(vsock, KernelVsock):
         return ["--vsock", f"cid={vsock.cid},device={fds.path(vsock.device_fd)}"]
+    if not isinstance(vsock, HybridVsock):
+        raise LaunchRefused(f"{leases.name}: crosvm has no vsock of its own")
     socket = quote_crosvm(vsock.vhost_socket)
     return [
         "--vhost-user",
@@ -87,6 +99,14 @@ def _disk_args(root: Disk | None, fds: PassedFds) -> list[str]:
     # exclusive for a writable one.
     access = "true" if root.readonly else "false"
     return ["--block", f"path={fds.path(root.fd)},ro={access},lock=true"]
+
+
+def _pci_args(vm: VmShape) -> list[str]:
+    args = []
+    for function in vm.pci:
+        iommu = "viommu" if function.iommu == "on" else "off"
+        args += ["--vfio", f"{quote_crosvm(function.sysfs)},iommu={iommu}"]
+    return args
 
 
 def _console_args(console: Console) -> list[str]:

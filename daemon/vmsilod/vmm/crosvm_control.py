@@ -22,22 +22,36 @@ from vmsilod.vmm.errors import (
     MonitorTimeout,
     MonitorUnreachable,
 )
-from vmsilod.vmm.monitor import DEFAULT_TIMEOUT, BalloonState
+from vmsilod.vmm.monitor import DEFAULT_TIMEOUT, AttachedUsb, BalloonState, MemoryState
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 MAX_REPLY = 64 * 1024
+USB_PORTS = 16  # of its xHCI, and of the fixed-size lists of its protocol
 
 _HINTS = {
     errno.ENOTCONN: "the guest has not loaded its balloon driver",
     errno.EOPNOTSUPP: "this crosvm was built without it, or the VM has no such device",
     errno.EINVAL: "the VM is in a state that does not allow it",
+    errno.ENODEV: "this crosvm was built without it, or the VM has no such device",
 }
 
 
+# Answers to a UsbCommand; `NoSuchPort` and `NoSuchDevice` to a detach are as good as done.
+_USB_ANSWERS = {
+    "NoAvailablePort": "every port of the VM's USB controller that fits is taken",
+    "NoSuchDevice": "it cannot use the device",
+    "FailedToOpenDevice": "it cannot use the device",
+    "FailedToInitHostDevice": "it cannot use the device",
+}
+_USB_GONE = ("NoSuchPort", "NoSuchDevice")
+
+
 class CrosvmMonitor:
+    returns_usb_to_host = False
+
     def __init__(self, path: Path, *, timeout: float = DEFAULT_TIMEOUT) -> None:
         self._path = path
         self._timeout = timeout
@@ -78,13 +92,55 @@ class CrosvmMonitor:
             guest_available=_read_size(stats, "available_memory"),
         )
 
-    def request(self, request: str | dict[str, Any]) -> Any:
-        """Sends one VmRequest and returns the VmResponse; an Err or ErrString in it is raised as
-        MonitorRefused.
+    def attach_usb(self, fd: int, label: str) -> str:
+        # crosvm has no names for its devices, so the label is not used.
+        del label
+        answer = self._request_usb({"AttachDevice": {"file": 0}}, fd)
+        return str(_read_port(answer))
+
+    def detach_usb(self, handle: str) -> None:
+        answer = self._request_usb({"DetachDevice": {"port": int(handle)}})
+        if answer not in _USB_GONE:
+            _read_port(answer)
+
+    def list_usb(self) -> list[AttachedUsb]:
+        answer = self._request_usb({"ListDevice": {"ports": list(range(USB_PORTS))}})
+        untrusted = answer.get("Devices") if isinstance(answer, dict) else None
+        if not isinstance(untrusted, list):
+            raise MonitorGarbled(f"crosvm answered a USB request with {_shorten(answer)}")
+        found = []
+        for entry in untrusted[:USB_PORTS]:
+            fields = entry if isinstance(entry, dict) else {}
+            numbers = [_read_size(fields, key) for key in ("port", "vendor_id", "product_id")]
+            port, vendor, product = numbers
+            if port and vendor is not None and product is not None:
+                found.append(AttachedUsb(str(port), ids=f"{vendor & 0xFFFF:04x}:{product & 0xFFFF:04x}"))
+        return found
+
+    def _request_usb(self, command: dict[str, Any], *fds: int) -> Any:
+        reply = self.request({"UsbCommand": command}, fds)
+        if not isinstance(reply, dict) or "UsbResponse" not in reply:
+            raise MonitorGarbled(f"crosvm answered a USB request with {_shorten(reply)}")
+        return reply["UsbResponse"]
+
+    def resize_memory(self, size: int) -> None:
+        raise MonitorRefused(
+            f"crosvm cannot plug memory in or out ({size} bytes asked for)",
+            'use vmm = "cloud-hypervisor" or "qemu" with memory_max',
+        )
+
+    def memory_state(self) -> MemoryState:
+        raise MonitorRefused(
+            "crosvm cannot plug memory in or out", 'use vmm = "cloud-hypervisor" or "qemu" with memory_max'
+        )
+
+    def request(self, request: str | dict[str, Any], fds: Sequence[int] = ()) -> Any:
+        """Sends one VmRequest, with descriptors that stay the caller's, and returns the VmResponse; an Err
+        or ErrString in it is raised as MonitorRefused.
         """
         name = request if isinstance(request, str) else next(iter(request))
         with self._connect() as sock, _translated(name):
-            sock.send(json.dumps(request).encode())
+            socket.send_fds(sock, [json.dumps(request).encode()], fds)
             packet, _, flags, _ = sock.recvmsg(MAX_REPLY)
         if not packet:
             raise MonitorClosed(f"crosvm ended without an answer to {name}")
@@ -136,6 +192,16 @@ def _check_refusal(name: str, reply: object) -> None:
         raise MonitorRefused(f"crosvm refused {name}: {text}", _HINTS.get(number, ""), reason=number)
     if "Err" in reply or "ErrString" in reply:
         raise MonitorRefused(f"crosvm refused {name}: {_shorten(reply)}")
+
+
+def _read_port(answer: object) -> int:
+    done = answer.get("Ok") if isinstance(answer, dict) else None
+    port = _read_size(done, "port") if isinstance(done, dict) else None
+    if port is not None:
+        return port
+    if isinstance(answer, str) and answer in _USB_ANSWERS:
+        raise MonitorRefused(f"crosvm refused: {_USB_ANSWERS[answer]}", reason=answer)
+    raise MonitorGarbled(f"crosvm answered a USB request with {_shorten(answer)}")
 
 
 def _read_size(fields: dict[str, Any], key: str) -> int | None:

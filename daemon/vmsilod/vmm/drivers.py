@@ -9,8 +9,9 @@ import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from vmsilod.vmm import crosvm, qemu
+from vmsilod.vmm import cloud_hypervisor, crosvm, qemu
 from vmsilod.vmm.choose import VmmKind
+from vmsilod.vmm.cloud_hypervisor_api import CloudHypervisorMonitor
 from vmsilod.vmm.crosvm_control import CrosvmMonitor
 from vmsilod.vmm.monitor import DEFAULT_TIMEOUT
 from vmsilod.vmm.qmp import QemuMonitor
@@ -42,9 +43,33 @@ class Driver:
     open_monitor: OpenMonitor
     monitor_type: socket.SocketKind
     """What the listening monitor descriptor must be."""
+    builtin_vsock: bool = False
+    """The VMM brings its own hybrid vsock, and takes no other."""
+    pmem_root: bool = False
+    """A read-only root may be persistent memory."""
+    opens_by_path: bool = False
+    """The VMM opens what it is passed once more, by /proc/self/fd and with its own rights: disks and the
+    sockets of vhost-user devices too."""
+    speaks_when_running: bool = False
+    """Whether explain_exit needs guest_ran, and first_sign.py can find it out."""
 
 
 DRIVERS = {
     VmmKind.CROSVM: Driver(crosvm.plan_launch, crosvm.explain_exit, CrosvmMonitor, socket.SOCK_SEQPACKET),
-    VmmKind.QEMU: Driver(qemu.plan_launch, qemu.explain_exit, QemuMonitor, socket.SOCK_STREAM),
+    VmmKind.QEMU: Driver(
+        qemu.plan_launch,
+        qemu.explain_exit,
+        QemuMonitor,
+        socket.SOCK_STREAM,
+        speaks_when_running=True,
+    ),
+    VmmKind.CLOUD_HYPERVISOR: Driver(
+        cloud_hypervisor.plan_launch,
+        cloud_hypervisor.explain_exit,
+        CloudHypervisorMonitor,
+        socket.SOCK_STREAM,
+        builtin_vsock=True,
+        pmem_root=True,
+        opens_by_path=True,
+    ),
 }

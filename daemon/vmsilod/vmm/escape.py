@@ -38,6 +38,14 @@ def quote_qemu(value: str) -> str:
     return value.replace(",", ",,")
 
 
+def quote_cloud_hypervisor(value: str) -> str:
+    """One value of cloud-hypervisor's option grammar (option_parser): in "...", with " written twice, unless
+    it is safe bare.
+    """
+    _check_text(value)
+    return value if _CROSVM_BARE.fullmatch(value) else '"' + value.replace('"', '""') + '"'
+
+
 def check_argument(value: str) -> str:
     """A whole argv element that is a value: it must not be read as an option (crosvm splits those at `=`,
     too).

@@ -25,6 +25,7 @@ def plan_kernel_params(
 ) -> str:
     """The whole line. The user's own come last, so that they win where the kernel takes the last of two."""
     params = [*vmm_params, *_console_params(console), *_guest_params(vm.name), *_root_params(leases.root)]
+    params += _hotplug_params(vm)
     params += [_check_param(param) for param in vm.kernel_params]
     line = " ".join(params)
     if len(line) > MAX_LENGTH:
@@ -54,7 +55,13 @@ def _guest_params(name: str) -> tuple[str, ...]:
 def _root_params(root: Disk | None) -> tuple[str, ...]:
     if root is None:
         return ()
-    return ("vmsilo.root=/dev/vda", "ro" if root.readonly else "rw")
+    device = "/dev/pmem0" if root.pmem else "/dev/vda"
+    return (f"vmsilo.root={device}", "ro" if root.readonly else "rw")
+
+
+def _hotplug_params(vm: VmShape) -> tuple[str, ...]:
+    # What is plugged in later holds nothing that cannot be moved, so that it can be taken out again.
+    return ("memhp_default_state=online_movable",) if vm.memory_max_mib is not None else ()
 
 
 def _check_param(untrusted_param: str) -> str:

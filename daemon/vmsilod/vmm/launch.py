@@ -49,6 +49,37 @@ class QemuShape:
 
 
 @dataclass(frozen=True)
+class CloudHypervisorShape:
+    log_level: Literal["warn", "info", "debug", "trace"] = "warn"
+    extra_args: tuple[str, ...] = ()
+
+
+OptionValue = str | int | bool | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class VhostUserDevice:
+    """A device whose other end is a program of the host; `options` as configured, in that order."""
+
+    type: str
+    socket: str
+    options: tuple[tuple[str, OptionValue], ...] = ()
+
+
+@dataclass(frozen=True)
+class PciFunction:
+    """A PCI function of the host that the VM gets; `iommu`: the guest has an IOMMU before it."""
+
+    address: str
+    """As sysfs has it: 0000:01:00.0."""
+    iommu: Literal["on", "off"] | None = None
+
+    @property
+    def sysfs(self) -> str:
+        return f"/sys/bus/pci/devices/{self.address}"
+
+
+@dataclass(frozen=True)
 class VmShape:
     """The part of a VM's configuration that a driver reads."""
 
@@ -58,8 +89,16 @@ class VmShape:
     kernel_params: tuple[str, ...] = ()
     needs_pci: bool = False
     """The VM has a device that only a PCI machine can hold."""
+    memory_max_mib: int | None = None
+    """What the memory can grow to while the VM runs; None: not at all."""
+    vhost_user: tuple[VhostUserDevice, ...] = ()
+    pci: tuple[PciFunction, ...] = ()
+    """Bound to vfio-pci, their groups' nodes in /dev/vfio open to the VM's uid."""
+    usb: bool = False
+    """The VM has an xHCI controller, into which host devices can be plugged while it runs."""
     crosvm: CrosvmShape = field(default_factory=CrosvmShape)
     qemu: QemuShape = field(default_factory=QemuShape)
+    cloud_hypervisor: CloudHypervisorShape = field(default_factory=CloudHypervisorShape)
 
 
 @dataclass(frozen=True)
@@ -77,11 +116,21 @@ class HybridVsock:
 
 
 @dataclass(frozen=True)
+class BuiltinVsock:
+    """The VMM's own hybrid vsock: it listens on `socket_path` itself."""
+
+    cid: int
+    socket_path: str
+
+
+@dataclass(frozen=True)
 class Disk:
     """A disk of raw bytes, by descriptor: O_RDONLY exactly where `readonly`, else O_RDWR (QEMU compares)."""
 
     fd: int
     readonly: bool
+    pmem: bool = False
+    """It can be persistent memory: its size is right for that, and the initrd has the driver."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +145,9 @@ class Leases:
     uid: int
     gid: int
     owner: int
-    vsock: KernelVsock | HybridVsock
+    vsock: KernelVsock | HybridVsock | BuiltinVsock
     monitor_fd: int
-    """Listening: SOCK_SEQPACKET for crosvm, SOCK_STREAM for QEMU."""
+    """Listening: SOCK_SEQPACKET for crosvm, SOCK_STREAM for the others."""
     kernel_fd: int
     initrd_fd: int | None
     kvm: bool
@@ -106,6 +155,11 @@ class Leases:
     """An existing empty directory, the root of crosvm's device jails (Debian has no /var/empty)."""
     root: Disk | None
     """The first virtio disk: the read-only erofs image, or a writable raw one."""
+    landlock: bool = False
+    """The host's kernel can confine a process to the files that it names (cloud-hypervisor)."""
+    vhost_user_fds: tuple[int, ...] = ()
+    """One for each of VmShape.vhost_user: connected for crosvm and QEMU; for cloud-hypervisor, which
+    connects itself, O_PATH of the socket."""
 
 
 @dataclass(frozen=True)

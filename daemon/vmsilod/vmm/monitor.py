@@ -1,14 +1,15 @@
 """What every VMM's control client can do, whatever its protocol.
 
-Implemented by crosvm_control.CrosvmMonitor and qmp.QemuMonitor, made by drivers.Driver.open_monitor. A
-client is a path and a timeout: it connects anew for each request and holds nothing between two, so it needs
-no close. It blocks: call it in the worker pool, never on a loop.
+Implemented by crosvm_control.CrosvmMonitor, qmp.QemuMonitor and
+cloud_hypervisor_api.CloudHypervisorMonitor, made by drivers.Driver.open_monitor. A client is a path and a
+timeout: it connects anew for each request and holds nothing between two, so it needs no close. It blocks:
+call it in the worker pool, never on a loop.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 DEFAULT_TIMEOUT = 5.0
 """Seconds for one request, connecting included."""
@@ -24,6 +25,17 @@ class BalloonState:
     guest_total: int | None = None
     guest_free: int | None = None
     guest_available: int | None = None
+
+
+@dataclass(frozen=True)
+class MemoryState:
+    """Bytes. `requested` is what the guest is asked to use, `actual` what it has plugged in, `maximum` what
+    it could.
+    """
+
+    requested: int
+    actual: int
+    maximum: int
 
 
 class MonitorClient(Protocol):
@@ -47,3 +59,39 @@ class MonitorClient(Protocol):
         """Asks the guest to give up `size` bytes."""
 
     def balloon_state(self) -> BalloonState: ...
+
+    def resize_memory(self, size: int) -> None:
+        """Asks the guest to plug memory in or out until it has `size` bytes in all."""
+
+    def memory_state(self) -> MemoryState: ...
+
+
+@dataclass(frozen=True)
+class AttachedUsb:
+    """`handle` is the VMM's name for it. `label` is what it was attached under, `ids` its "VID:PID", each ""
+    where the VMM does not say.
+    """
+
+    handle: str
+    label: str = ""
+    ids: str = ""
+
+
+@runtime_checkable
+class UsbMonitor(Protocol):
+    """What the client of a VMM that takes USB devices while it runs can do beside."""
+
+    returns_usb_to_host: bool
+    """Whether the VMM binds the host's drivers again when it lets go of a device, if its descriptor
+    allows.
+    """
+
+    def attach_usb(self, fd: int, label: str) -> str:
+        """Plugs the device of this usbfs descriptor in, which stays the caller's; returns its handle. A
+        label has letters, digits and dashes.
+        """
+
+    def detach_usb(self, handle: str) -> None:
+        """Returns when the VMM has let go of it; a handle that is not there any more is no error."""
+
+    def list_usb(self) -> list[AttachedUsb]: ...

@@ -1,7 +1,7 @@
 """How a VMM ended, in terms of the VM.
 
-Made by the drivers' explain_exit from what systemd says of the unit's main process; read by the lifecycle
-and shown to the user.
+Made by the drivers' explain_exit from what systemd says of the unit's main process, and by endings.py for
+what the VMM itself cannot tell; shown to the user, and read where a restart is decided.
 """
 
 from __future__ import annotations
@@ -16,20 +16,34 @@ if TYPE_CHECKING:
 
 
 class OutcomeKind(enum.Enum):
+    """The value is the machine code that D-Bus shows as LastOutcome."""
+
     STOPPED = "stopped"
+    POWERED_OFF = "powered-off"
     RESET = "reset"
     CRASH = "crash"
     PANIC = "panic"
     BAD_ARGUMENTS = "bad-arguments"
     WATCHDOG = "watchdog"
     KILLED = "killed"
+    KILLED_ON_REQUEST = "killed-on-request"
     FAILED = "failed"
+    START_FAILED = "start-failed"
+    OUT_OF_MEMORY = "out-of-memory"
+    TIMEOUT = "timeout"
 
 
 @dataclass(frozen=True)
 class Outcome:
+    """`message` is one line with the fact, `hint` says what to do about it."""
+
     kind: OutcomeKind
     message: str
+    hint: str = ""
+
+    @property
+    def text(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
 
 
 _ORDERED = {signals.SIGKILL, signals.SIGTERM, signals.SIGINT, signals.SIGHUP, signals.SIGQUIT}

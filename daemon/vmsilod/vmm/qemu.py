@@ -15,6 +15,9 @@ from vmsilod.vmm.escape import check_argument, quote_qemu
 from vmsilod.vmm.kernel_params import plan_kernel_params
 from vmsilod.vmm.launch import ENVIRONMENT, Console, HybridVsock, KernelVsock, Launch, PassedFds
 from vmsilod.vmm.outcome import Outcome, OutcomeKind, explain_signal
+from vmsilod.vmm.qmp import HOTPLUG_ID
+from vmsilod.vmm.qmp_usb import USB_ID
+from vmsilod.vmm.vhost_user import plan_qemu as plan_vhost_user
 
 if TYPE_CHECKING:
     from vmsilod.vmm.launch import Disk, Leases, VmShape
@@ -62,7 +65,13 @@ def plan_launch(vm: VmShape, leases: Leases, *, console: Console, binary: str) -
     bus = "device" if machine == "microvm" else "pci"
     # The first virtio-blk device is the guest's vda.
     argv += _disk_args(leases.root, fds, bus)
-    argv += _vsock_args(leases.vsock, fds, bus)
+    argv += _vsock_args(leases, fds, bus)
+    argv += _hotplug_args(vm)
+    argv += plan_vhost_user(vm, leases, fds)
+    argv += _pci_args(vm)
+    if vm.usb:
+        # For devices of the host, by QMP; eight ports of either speed.
+        argv += ["-device", f"qemu-xhci,id={USB_ID},p2=8,p3=8"]
     argv += ["-device", f"virtio-rng-{bus}"]
     argv += ["-device", f"virtio-balloon-{bus},id={BALLOON_ID},deflate-on-oom=on,free-page-reporting=on"]
     argv += ["-device", "pvpanic" if machine == "microvm" else "pvpanic-pci"]
@@ -82,13 +91,14 @@ def choose_machine(vm: VmShape, *, kvm: bool) -> str:
     Under TCG it is q35: microvm has neither HPET nor PM timer, so a guest without KVM's clock boots only if
     it can calibrate its TSC against the PIT, which mostly failed on a busy host (QEMU 10.0.13, Linux 6.12).
     """
-    if vm.qemu.machine == "microvm" and vm.needs_pci:
+    needs_pci = vm.needs_pci or vm.usb
+    if vm.qemu.machine == "microvm" and needs_pci:
         raise LaunchRefused(
             f"{vm.name} has a device that needs PCI, and machine microvm has none",
             'set machine to "q35" or "auto"',
         )
     if vm.qemu.machine == "auto":
-        return "microvm" if kvm and not vm.needs_pci else "q35"
+        return "microvm" if kvm and not needs_pci else "q35"
     return vm.qemu.machine
 
 
@@ -111,7 +121,7 @@ def _machine_args(vm: VmShape, machine: str, console: Console, *, kvm: bool) -> 
         *("-accel", "kvm" if kvm else "tcg,thread=multi"),
         *("-cpu", cpu),
         *("-smp", str(vm.cpus)),
-        *("-m", f"{vm.memory_mib}M"),
+        *("-m", f"{vm.memory_mib}M" + (f",maxmem={vm.memory_max_mib}M" if vm.memory_max_mib else "")),
         # Shared, so that vhost-user backends (vsock, virtiofsd) can map it.
         *("-object", f"memory-backend-memfd,id=mem0,size={vm.memory_mib}M,share=on"),
     ]
@@ -139,14 +149,39 @@ def _disk_args(root: Disk | None, fds: PassedFds, bus: str) -> list[str]:
     ]
 
 
-def _vsock_args(vsock: KernelVsock | HybridVsock, fds: PassedFds, bus: str) -> list[str]:
+def _hotplug_args(vm: VmShape) -> list[str]:
+    """The memory between memory and memory_max, none of it plugged in at first."""
+    if vm.memory_max_mib is None:
+        return []
+    size = vm.memory_max_mib - vm.memory_mib
+    return [
+        *("-object", f"memory-backend-memfd,id=mem-{HOTPLUG_ID},size={size}M,share=on,reserve=off"),
+        *("-device", f"virtio-mem-pci,id={HOTPLUG_ID},memdev=mem-{HOTPLUG_ID},requested-size=0"),
+    ]
+
+
+def _vsock_args(leases: Leases, fds: PassedFds, bus: str) -> list[str]:
+    vsock = leases.vsock
     if isinstance(vsock, KernelVsock):
         number = fds.number(vsock.device_fd)
         return ["-device", f"vhost-vsock-{bus},guest-cid={vsock.cid},vhostfd={number}"]
+    if not isinstance(vsock, HybridVsock):
+        raise LaunchRefused(f"{leases.name}: QEMU has no vsock of its own")
     return [
         *("-chardev", f"socket,id=vsock0,path={quote_qemu(vsock.vhost_socket)}"),
         *("-device", f"vhost-user-vsock-{bus},chardev=vsock0"),
     ]
+
+
+def _pci_args(vm: VmShape) -> list[str]:
+    args = []
+    if any(function.iommu == "on" for function in vm.pci):
+        # caching-mode: QEMU must see each mapping that the guest makes, to make it in the host's IOMMU.
+        # Without interrupt remapping the interrupt controller can stay in KVM.
+        args += ["-device", "intel-iommu,caching-mode=on,intremap=off"]
+    for function in vm.pci:
+        args += ["-device", f"vfio-pci,host={quote_qemu(function.address)}"]
+    return args
 
 
 def _check_extra_args(vm: VmShape) -> None:
@@ -163,15 +198,19 @@ def explain_exit(code: int | None, number: int | None, *, guest_ran: bool = Fals
     """Exactly one of exit code and signal number is not None.
 
     QEMU ends with 1 both for a VM that it could not start and for a panic of the guest (-action
-    panic=exit-failure), so `guest_ran` (the guest had announced itself) tells the two apart. A guest's
-    reboot never ends QEMU.
+    panic=exit-failure), so `guest_ran` (its main loop was seen to run, or the guest announced itself) tells
+    the two apart. A guest's reboot never ends QEMU.
     """
     if number is not None:
         return explain_signal("QEMU", number, _SIGNAL_CAUSES)
     if code == 0:
         return Outcome(OutcomeKind.STOPPED, "the guest powered off, or the VM was stopped")
     if code == 1 and guest_ran:
-        return Outcome(OutcomeKind.PANIC, "QEMU ended with 1 while the guest ran: its kernel panicked")
+        return Outcome(
+            OutcomeKind.PANIC,
+            "QEMU ended with 1 while the guest ran: its kernel panicked",
+            "the guest's console says more: vm-start-debug",
+        )
     if code == 1:
         return Outcome(
             OutcomeKind.FAILED,

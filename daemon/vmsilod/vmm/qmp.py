@@ -12,6 +12,7 @@ import socket
 import time
 from typing import TYPE_CHECKING, Any
 
+from vmsilod.vmm import qmp_usb
 from vmsilod.vmm.errors import (
     MonitorClosed,
     MonitorError,
@@ -20,17 +21,22 @@ from vmsilod.vmm.errors import (
     MonitorTimeout,
     MonitorUnreachable,
 )
-from vmsilod.vmm.monitor import DEFAULT_TIMEOUT, BalloonState
+from vmsilod.vmm.monitor import DEFAULT_TIMEOUT, AttachedUsb, BalloonState, MemoryState
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
+HOTPLUG_ID = "hotplug0"
+"""The virtio-mem device, named so by the driver."""
 MAX_LINE = 256 * 1024
 MAX_LINES = 1000
 """Events that may come before one answer."""
 
 
 class QemuMonitor:
+    returns_usb_to_host = True
+
     def __init__(self, path: Path, *, timeout: float = DEFAULT_TIMEOUT) -> None:
         self._path = path
         self._timeout = timeout
@@ -72,6 +78,35 @@ class QemuMonitor:
                 raise MonitorGarbled("QEMU did not say how much memory the guest has")
             return BalloonState(balloon=max(_memory_size(session) - actual, 0))
 
+    def attach_usb(self, fd: int, label: str) -> str:
+        with _Session(self._path, self._timeout) as session:
+            return qmp_usb.attach(session, fd, label)
+
+    def detach_usb(self, handle: str) -> None:
+        with _Session(self._path, self._timeout) as session:
+            qmp_usb.detach(session, handle)
+
+    def list_usb(self) -> list[AttachedUsb]:
+        with _Session(self._path, self._timeout) as session:
+            return qmp_usb.list_attached(session)
+
+    def resize_memory(self, size: int) -> None:
+        with _Session(self._path, self._timeout) as session:
+            wanted = max(size - _memory_size(session), 0)
+            path = f"/machine/peripheral/{HOTPLUG_ID}"
+            session.execute("qom-set", {"path": path, "property": "requested-size", "value": wanted})
+
+    def memory_state(self) -> MemoryState:
+        with _Session(self._path, self._timeout) as session:
+            base = _memory_size(session)
+            hotplug = _find_hotplug(session.execute("query-memory-devices"))
+        requested, actual, maximum = (
+            _read_size(hotplug, key) for key in ("requested-size", "size", "max-size")
+        )
+        if requested is None or actual is None or maximum is None:
+            raise MonitorGarbled("QEMU did not say how much memory is plugged in")
+        return MemoryState(requested=base + requested, actual=base + actual, maximum=base + maximum)
+
     def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
         """What the command returned; QEMU's error is raised as MonitorRefused."""
         with _Session(self._path, self._timeout) as session:
@@ -86,6 +121,7 @@ class _Session:
         self._deadline = time.monotonic() + timeout
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._pending = b""
+        self._deleted: set[str] = set()
 
     def __enter__(self) -> _Session:
         try:
@@ -101,9 +137,10 @@ class _Session:
     def __exit__(self, *_: object) -> None:
         self._socket.close()
 
-    def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
+    def execute(self, command: str, arguments: dict[str, Any] | None = None, fds: Sequence[int] = ()) -> Any:
+        """`fds` travel with the command and stay the caller's."""
         request = {"execute": command} | ({"arguments": arguments} if arguments else {})
-        self._send(command, json.dumps(request).encode() + b"\n")
+        self._send(command, json.dumps(request).encode() + b"\n", fds)
         for _ in range(MAX_LINES):
             message = self._read_message(command)
             if "return" in message:
@@ -112,7 +149,21 @@ class _Session:
                 raise _refusal(command, message["error"])
             if "event" not in message:
                 raise MonitorGarbled(f"QEMU sent neither an answer to {command} nor an event")
+            self._note(message)
         raise MonitorGarbled(f"QEMU sent {MAX_LINES} events instead of an answer to {command}")
+
+    def await_deleted(self, device: str) -> None:
+        """Until QEMU says that the device of this id is gone; it may have said so before its last answer."""
+        for _ in range(MAX_LINES):
+            if device in self._deleted:
+                return
+            self._note(self._read_message(f"the removal of {device}"))
+        raise MonitorGarbled(f"QEMU sent {MAX_LINES} events, and not that {device} is gone")
+
+    def _note(self, message: dict[str, Any]) -> None:
+        data = message.get("data")
+        if message.get("event") == "DEVICE_DELETED" and isinstance(data, dict):
+            self._deleted.add(str(data.get("device", "")))
 
     def _connect(self) -> None:
         self._socket.settimeout(self._left("connect"))
@@ -121,10 +172,11 @@ class _Session:
         except OSError as exc:
             raise MonitorUnreachable(f"no QEMU listens on {self._path}: {exc.strerror or exc}") from exc
 
-    def _send(self, command: str, line: bytes) -> None:
+    def _send(self, command: str, line: bytes, fds: Sequence[int]) -> None:
         self._socket.settimeout(self._left(command))
         try:
-            self._socket.sendall(line)
+            sent = socket.send_fds(self._socket, [line], fds) if fds else 0
+            self._socket.sendall(line[sent:])
         except OSError as exc:
             raise _translate(command, exc) from exc
 
@@ -185,6 +237,14 @@ def _memory_size(session: _Session) -> int:
     if size is None:
         raise MonitorGarbled("QEMU did not say how much memory the VM has")
     return size
+
+
+def _find_hotplug(reply: object) -> object:
+    """The data of the one virtio-mem device, an empty table without it."""
+    for device in reply if isinstance(reply, list) else []:
+        if isinstance(device, dict) and device.get("type") == "virtio-mem":
+            return device.get("data")
+    return {}
 
 
 def _read_size(reply: object, key: str) -> int | None:

@@ -51,7 +51,8 @@ def find_files() -> list[str]:
     patterns = (
         "vmsilo/vm/*",
         "vmsilo/state/*.json",
-        "vmsilo/state/*.new",
+        "vmsilo/state/*.new*",
+        "vmsilo/state/*.history",
         "vmsilo-relay/*",
         "vmsilo/*-command.socket",
         "vmsilo/*-console",

@@ -7,7 +7,9 @@ off, SIGUSR2 its kernel panic. kernel_params choose how VM and guest behave:
 
     standin.mode=exit-N        the VMM fails with status N before the guest runs
     standin.mode=crash         the VMM dumps core before the guest runs
+    standin.mode=early-panic   the guest panics while it boots, before it said a word
     standin.mode=late-panic    the guest panics when it has been ready for a moment
+    standin.mode=hog           the VMM takes memory without end
     standin.mode=deaf          the guest takes every request to power off, and stays
     standin.mode=stubborn      the same, and the VMM ignores SIGTERM as well
     standin.mode=...           see guest.py
@@ -144,11 +146,19 @@ def leave(status: int, why: str) -> None:
     os._exit(status)
 
 
+def eat_memory() -> None:
+    eaten = []
+    while True:
+        eaten.append(b"x" * (1 << 20))
+
+
 def handle_signals(mode: str) -> None:
     if mode == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     else:
         signal.signal(signal.SIGTERM, lambda *_: leave(0, "SIGTERM"))
+    on_alarm = eat_memory if mode == "hog" else lambda: leave(1, "the guest's kernel panicked")
+    signal.signal(signal.SIGALRM, lambda *_: on_alarm())
     signal.signal(signal.SIGUSR1, lambda *_: leave(0, "the guest powered off"))
     signal.signal(signal.SIGUSR2, lambda *_: leave(1, "the guest's kernel panicked"))
 
@@ -181,6 +191,8 @@ def main() -> None:
         show_console(typed=False)
     start_guest(machine, read_secret(Path(machine.initrd).read_bytes()))
     monitor = Monitor(machine.monitor_fd, machine)
+    if machine.mode in ("early-panic", "hog"):
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
     watched: list[Any] = [monitor, device, *([0] if machine.console else [])]
     while True:
         ready, _, _ = select.select(watched, [], [])

@@ -1,0 +1,78 @@
+"""What a driver reads of one start: the VM's configuration as a VmShape, what was acquired as Leases.
+
+Called by the runs, between preparation and the driver. Pure but for the owner's uid, which is looked up by
+name.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vmsilod.host import LIBDIR, find_uid
+from vmsilod.vmm import launch
+from vmsilod.vmm.drivers import DRIVERS
+
+if TYPE_CHECKING:
+    from vmsilod.config.model import VmConfig
+    from vmsilod.control import Peer
+    from vmsilod.host import Host
+    from vmsilod.preparation import Acquired
+    from vmsilod.vmm.choose import VmmKind
+
+EMPTY_DIR = LIBDIR / "empty"  # crosvm's pivot root: Debian has no /var/empty
+
+
+def shape_of(config: VmConfig) -> launch.VmShape:
+    vhost_user = tuple(
+        launch.VhostUserDevice(device.type, device.socket, tuple(device.options.items()))
+        for device in config.vhost_user
+    )
+    return launch.VmShape(
+        name=config.name,
+        memory_mib=config.memory,
+        cpus=config.cpus,
+        kernel_params=tuple(config.kernel_params),
+        needs_pci=config.memory_max is not None or bool(vhost_user) or bool(config.pci_devices),
+        pci=tuple(launch.PciFunction(device.path, device.iommu) for device in config.pci_devices),
+        usb=config.wants_usb,
+        memory_max_mib=config.memory_max,
+        vhost_user=vhost_user,
+        crosvm=launch.CrosvmShape(
+            config.crosvm.log_level, tuple(config.crosvm.extra_args), tuple(config.crosvm.extra_run_args)
+        ),
+        qemu=launch.QemuShape(tuple(config.qemu.extra_args), config.qemu.accel, config.qemu.machine),
+        cloud_hypervisor=launch.CloudHypervisorShape(
+            config.cloud_hypervisor.log_level, tuple(config.cloud_hypervisor.extra_args)
+        ),
+    )
+
+
+def leases_of(config: VmConfig, peer: Peer, acquired: Acquired, kind: VmmKind, host: Host) -> launch.Leases:
+    return launch.Leases(
+        name=config.name,
+        uid=peer.uid,
+        gid=peer.gid,
+        owner=find_uid(config.user),
+        vsock=_channel_of(acquired, builtin=DRIVERS[kind].builtin_vsock),
+        monitor_fd=acquired.monitor_fd,
+        kernel_fd=acquired.kernel_fd,
+        initrd_fd=acquired.initrd_fd,
+        kvm=host.kvm.usable,
+        landlock=host.landlock,
+        empty_dir=str(EMPTY_DIR),
+        root=launch.Disk(
+            acquired.root_fd, config.root_disk_readonly, pmem=acquired.root_pmem and DRIVERS[kind].pmem_root
+        ),
+        vhost_user_fds=tuple(acquired.vhost_user_fds),
+    )
+
+
+def _channel_of(
+    acquired: Acquired, *, builtin: bool
+) -> launch.KernelVsock | launch.HybridVsock | launch.BuiltinVsock:
+    if acquired.device_fd is not None:
+        return launch.KernelVsock(acquired.cid, acquired.device_fd)
+    folder = acquired.rundir / "vsock"
+    if builtin:
+        return launch.BuiltinVsock(acquired.cid, str(folder / "vsock"))
+    return launch.HybridVsock(acquired.cid, str(folder / "vhost"))

@@ -1,0 +1,83 @@
+"""What each running VM has of USB, kept on disk so that a vmsilod that was killed goes on with it.
+
+Owned by the attachments. One file for all VMs, replaced as a whole; it lives in /run and so ends with the
+boot. A VM's part counts for one run (systemd's invocation ID): when that ends, the kernel has taken
+everything back.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vmsilod.errors import Failed
+from vmsilod.usb.rules import UsbRule
+
+if TYPE_CHECKING:
+    from vmsilod.usb.devices import Key
+
+log = logging.getLogger(__name__)
+
+# Not *.json: those of that directory are VMs' lease records.
+STATE_FILE = Path("/run/vmsilo/state/usb-attached")
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """A device in a VM: the VMM's handle, and what tells that plugging in from others."""
+
+    handle: str
+    name: str
+    devnum: int
+    instance: int
+    ids: str
+
+    @property
+    def key(self) -> Key:
+        return self.name, self.devnum, self.instance
+
+
+@dataclass
+class UsbRun:
+    """One run of a VM: `wanted` was attached by hand and `refused` detached by hand since it started."""
+
+    invocation: str
+    attached: list[Attachment] = field(default_factory=list)
+    wanted: list[UsbRule] = field(default_factory=list)
+    refused: list[UsbRule] = field(default_factory=list)
+
+
+def save_state(runs: dict[str, UsbRun], path: Path = STATE_FILE) -> None:
+    temporary = path.with_name(f".{path.name}.new")
+    content = json.dumps({name: asdict(run) for name, run in runs.items()})
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with open(fd, "w") as file:  # noqa: PTH123 - a descriptor, not a path
+            file.write(content)
+        temporary.rename(path)
+    except OSError as error:
+        raise Failed(f"cannot write {path}: {error.strerror}") from error
+
+
+def load_state(path: Path = STATE_FILE) -> dict[str, UsbRun]:
+    """Empty where nothing can be made of the file: then the VMMs are asked what they have."""
+    try:
+        return {name: _parse_run(run) for name, run in json.loads(path.read_text()).items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        log.error("%s cannot be read, ignoring it: %s", path, error)
+        return {}
+
+
+def _parse_run(content: dict[str, Any]) -> UsbRun:
+    return UsbRun(
+        content["invocation"],
+        [Attachment(**entry) for entry in content["attached"]],
+        [UsbRule(**entry) for entry in content["wanted"]],
+        [UsbRule(**entry) for entry in content["refused"]],
+    )

@@ -1,0 +1,199 @@
+"""PCI passthrough with a real sysfs, IOMMU and VFIO: the spare e1000e goes to a VM, the chipset does not.
+
+The lab's emulated IOMMU does not remap interrupts, which VFIO and vmsilo refuse until the risk is accepted.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from .conftest import CONFIG, Host, require_program
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+NIC = "0000:00:11.0"
+DISK = "0000:00:02.0"
+SMBUS = "0000:00:1f.3"
+ACCEPTED = Path("/sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts")
+GLOBAL = Path("/etc/vmsilo/vmsilo.toml")
+VM = 'memory = 512\nimage = "hardware"\nvmm = "{vmm}"\npci_devices = [{devices}]\n'
+
+
+def vm_with(devices: str, vmm: str = "qemu") -> str:
+    return VM.format(devices=devices, vmm=vmm)
+
+
+def find_device(host: Host, address: str = NIC) -> dict[str, Any]:
+    (found,) = (row for row in json.loads(host.read("vmsilo pci list --json")) if row["Address"] == address)
+    return dict(found)
+
+
+def find_group(host: Host) -> Path:
+    return Path(f"/dev/vfio/{find_device(host)['Group']}")
+
+
+@pytest.fixture
+def vfio(host: Host) -> Iterator[None]:
+    """VFIO, with its risk here accepted; after it the spare NIC is with the host again."""
+    host.run("modprobe vfio_iommu_type1")
+    ACCEPTED.write_text("Y\n")
+    yield
+    host.run(f"vmsilo pci release {NIC}", check=False)
+
+
+def test_the_host_shows_its_devices(host: Host) -> None:
+    nic, disk = find_device(host), find_device(host, DISK)
+    assert (nic["Driver"], nic["State"], nic["Class"]) == ("e1000e", "host", "0200")
+    assert "82574L" in nic["Name"] or "8086:10d3" in nic["Name"]
+    assert "vda is mounted on /" in disk["Note"]
+    assert "default route" in find_device(host, "0000:00:10.0")["Note"]
+
+
+@pytest.mark.parametrize(
+    ("devices", "facts"),
+    [
+        (f'"{SMBUS}"', ("shares IOMMU group", "0000:00:1f.0 (", "0000:00:1f.2 (", "driver ahci")),
+        (f'"{DISK}"', ("is in use by this host: vda is mounted on /",)),
+        ('"00:10.0"', ("has the default route",)),
+        ('"00:1d.0"', ("there is no PCI device 0000:00:1d.0",)),
+        (f'"{SMBUS}", "00:1f.0", "00:1f.2"', ("cannot be reset",)),
+    ],
+    ids=["shared-group", "mounted-disk", "default-route", "absent", "no-reset"],
+)
+def test_refused_and_nothing_changed(host: Host, vfio: None, devices: str, facts: tuple[str, ...]) -> None:
+    before = host.read("ls -l /sys/bus/pci/devices/*/driver")
+    with host.vm("lab-refused", vm_with(devices)):
+        done = host.run("vm-start lab-refused", check=False)
+        assert done.returncode == 1
+        for fact in facts:
+            assert fact in done.stderr
+    assert host.read("ls -l /sys/bus/pci/devices/*/driver") == before
+
+
+def test_interrupts_that_a_device_could_forge(host: Host, vfio: None) -> None:
+    ACCEPTED.write_text("N\n")
+    with host.vm("lab-nic", vm_with('"00:11.0"')):
+        done = host.run("vm-start lab-nic", check=False)
+        assert "does not remap interrupts" in done.stderr
+        assert "allow_unsafe_interrupts=1" in done.stderr
+    assert find_device(host)["Driver"] == "e1000e"
+
+
+@pytest.mark.parametrize("vmm", ["qemu", "crosvm"])
+def test_a_vm_has_the_nic_until_it_stops(host: Host, vfio: None, vmm: str) -> None:
+    if vmm != "qemu":
+        require_program(vmm)
+    other = vm_with(f'"{NIC}"')
+    with host.vm("lab-nic", vm_with('"00:11.0"', vmm)), host.vm("lab-other", other):
+        host.run("vm-start --wait lab-nic")
+        guest = host.vm_run("lab-nic", "sh", "-c", "ip -d link; cat /sys/class/net/*/device/device").stdout
+        assert "52:54:00:00:00:02" in guest
+        assert "0x10d3" in guest
+        uid = int(host.read(f"stat -c %u /proc/{host.main_pid('lab-nic')}"))
+        assert uid >= 61184, "a dynamic user's"
+        status = host.read(f"cat /proc/{host.main_pid('lab-nic')}/status")
+        assert "CapEff:\t0000000000000000" in status
+        assert find_group(host).stat().st_uid == uid
+        device = find_device(host)
+        assert (device["State"], device["Vm"], device["Driver"]) == ("used", "lab-nic", "vfio-pci")
+        refused = host.run("vm-start lab-other", check=False)
+        assert "is used by VM 'lab-nic'" in refused.stderr
+        assert "is used by VM" in host.run(f"vmsilo pci release {NIC}", check=False).stderr
+        host.run("vm-stop lab-nic")
+        device = find_device(host)
+        assert (device["State"], device["Driver"]) == ("claimed", "vfio-pci")
+        assert find_group(host).stat().st_uid == 0
+    assert host.read(f"vmsilo pci release {NIC}").endswith("driver e1000e")
+    assert find_device(host)["State"] == "host"
+
+
+def test_a_vmsilod_that_was_killed_keeps_the_books(host: Host, vfio: None) -> None:
+    with host.vm("lab-nic", vm_with('"00:11.0"')):
+        host.run("vm-start --wait lab-nic")
+        pid = host.main_pid("lab-nic")
+        host.run("systemctl kill --kill-whom=main -s KILL vmsilod")
+        host.wait_until("vmsilo pci list")
+        assert find_device(host)["Vm"] == "lab-nic"
+        assert host.main_pid("lab-nic") == pid
+        # Its VM ends while there is no vmsilod: the next one takes the device back.
+        host.run("systemctl stop vmsilod.service vmsilod.socket")
+        host.run(f"kill -{signal.SIGKILL.value} {pid}")
+        host.wait_until("! systemctl is-active -q vmsilo-lab-nic-vm.service")
+        host.run("systemctl start vmsilod.socket vmsilod.service")
+        assert find_device(host)["State"] == "claimed"
+        assert find_group(host).stat().st_uid == 0
+
+
+def test_claim_and_release_by_the_owner(host: Host, vfio: None) -> None:
+    host.run("vmsilo pci claim 00:11.0", user="user")
+    assert (find_device(host)["State"], find_device(host)["Note"]) == ("claimed", "was with e1000e")
+    refused = host.run(f"vmsilo pci claim {DISK}", user="user", check=False)
+    assert "vda is mounted on /" in refused.stderr
+    host.run("vmsilo pci release 00:11.0", user="user")
+    assert find_device(host)["Driver"] == "e1000e"
+    denied = host.run("vmsilo pci claim 00:11.0", user="nobody", check=False)
+    assert denied.returncode == 1
+    assert find_device(host)["Driver"] == "e1000e"
+
+
+def test_a_configured_isolation_takes_the_device_at_once_and_at_boot(host: Host, vfio: None) -> None:
+    settings = GLOBAL.read_text()
+    try:
+        GLOBAL.write_text(f'{settings}isolated_pci_devices = ["00:11.0"]\n')
+        host.reload()
+        device = find_device(host)
+        assert (device["State"], device["Isolated"]) == ("claimed", True)
+        assert "initramfs" in host.run("vmsilo check").stdout, "the one of this boot knows no list"
+        host.run(f"vmsilo pci release {NIC}")
+        host.reload()
+        assert find_device(host)["Driver"] == "e1000e", "released by a person, for this boot"
+    finally:
+        GLOBAL.write_text(settings)
+        host.reload()
+
+
+def test_an_initramfs_knows_the_isolated_devices(host: Host) -> None:
+    require_program("update-initramfs")
+    settings = GLOBAL.read_text()
+    tree = "/var/tmp/initramfs"
+    try:
+        GLOBAL.write_text(f'{settings}isolated_pci_devices = ["00:11.0"]\n')
+        host.run(f"mkinitramfs -o {tree}.img && unmkinitramfs {tree}.img {tree}")
+        rules = host.read(f"find {tree} -name 40-vmsilo-pci.rules -exec cat {{}} +")
+        assert f'ATTR{{[pci/{NIC}]driver_override}}="vfio-pci"' in rules
+        assert host.read(f"find {tree} -name 'vfio-pci.ko*'")
+        assert (
+            host.read(f"grep -rh softdep {tree} --include vmsilo-pci.conf") == "softdep e1000e pre: vfio-pci"
+        )
+        assert "initramfs" not in host.run("vmsilo check").stdout
+    finally:
+        GLOBAL.write_text(settings)
+        host.run(f"rm -rf {tree} {tree}.img; mkinitramfs -o {tree}.img && rm {tree}.img")
+    assert not list(Path("/var/lib/vmsilo/initramfs").glob("*"))
+
+
+@pytest.mark.leaving
+def test_a_device_is_isolated_for_the_next_boot(host: Host) -> None:
+    GLOBAL.write_text(f'{GLOBAL.read_text()}isolated_pci_devices = ["00:11.0"]\n')
+    Path("/etc/modprobe.d/lab-vfio.conf").write_text("options vfio_iommu_type1 allow_unsafe_interrupts=1\n")
+    (CONFIG / "lab-nic.toml").write_text(vm_with('"00:11.0"'))
+
+
+@pytest.mark.second
+def test_no_driver_of_the_host_has_had_an_isolated_device(host: Host) -> None:
+    device = find_device(host)
+    assert (device["Driver"], device["State"], device["Isolated"]) == ("vfio-pci", "claimed", True)
+    assert host.read("systemctl show -P Result vmsilo-pci-claim.service") == "success"
+    kernel = host.read("journalctl -b -k -q --no-pager -o cat")
+    assert "e1000e 0000:00:10.0" in kernel
+    assert f"e1000e {NIC}" not in kernel
+    host.run("vm-start --wait lab-nic")
+    assert "52:54:00:00:00:02" in host.vm_run("lab-nic", "ip", "link").stdout
+    host.remove("lab-nic")
+    assert find_device(host)["State"] == "claimed"

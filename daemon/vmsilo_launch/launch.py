@@ -2,9 +2,8 @@
 
 Run by `vmsilo-NAME-vm.service` (`start NAME`, `stop NAME`) and `vmsilo-NAME-debug.service`, already under
 the VM's own uid. It asks vmsilod over the control socket for argv, environment and descriptors, puts the
-descriptors where argv says and executes the VMM, so the unit's main PID is the VMM. It leaves one small
-process in the unit, the pen, which outlives it as long as vmsilo-consoled has lines for the journal. It
-decides nothing and opens nothing but that socket.
+descriptors where argv says and executes the VMM, so the unit's main PID is the VMM. It decides nothing and
+opens nothing but that socket.
 """
 
 import json
@@ -21,8 +20,7 @@ MAX_FDS = 64
 MAX_REPLY = 1 << 20
 ATTEMPTS = 5  # a crashed vmsilod is started again by its socket; a start outlives that many crashes
 REPLY_TIMEOUT = 120.0
-PEN = "/usr/bin/cat"
-FDS_END = 1 << 16  # LimitNOFILE= of the unit
+LOG_WRITER = "/usr/bin/cat"
 
 
 class LaunchError(Exception):
@@ -54,9 +52,9 @@ def main(argv: list[str]) -> int:
 
 
 def start(name: str) -> None:
-    lines, ink = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    reply, fds = ask({"op": "prepare", "name": name}, [*find_command_socket(), lines.fileno()])
-    start_pen(ink.fileno())
+    log = start_log_writer()
+    reply, fds = ask({"op": "prepare", "name": name}, [*find_command_socket(), log.fileno()])
+    log.close()
     stdio = reply.get("stdio")
     place(fds, stdio)
     argv, env = reply["argv"], reply["env"]
@@ -65,6 +63,32 @@ def start(name: str) -> None:
         os.execve(argv[0], argv, env)
     except OSError as error:
         raise LaunchError(f"{argv[0]} cannot be executed: {error.strerror}") from error
+
+
+def start_log_writer() -> socket.socket:
+    """A stream into this unit's journal, for the lines of the guest's console. cat(1) at its other end
+    writes them: the journal names a line after the unit of the process that wrote it.
+
+    It ends when the stream does. SIGTERM, which systemd sends when the VMM is gone, does not end it before
+    the last line is written. It is no child of the VMM and not in its process group: crosvm waits for all
+    its children, and kills its group.
+    """
+    ours, its = socket.socketpair()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setsid()
+            if os.fork() == 0:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                os.dup2(its.fileno(), 0)
+                os.dup2(sys.stderr.fileno(), 1)
+                os.closerange(3, 256)
+                os.execve(LOG_WRITER, [LOG_WRITER], {"LANG": "C"})
+        finally:
+            os._exit(0)  # whatever failed: this process is not to go on as a second launcher
+    os.waitpid(child, 0)
+    its.close()
+    return ours
 
 
 def stop(name: str) -> None:
@@ -118,32 +142,6 @@ def find_command_socket() -> list[int]:
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return []
     return list(range(3, 3 + int(os.environ.get("LISTEN_FDS", "0"))))
-
-
-def start_pen(ink: int) -> None:
-    """Leave a process in the unit that copies `ink` to standard error, the unit's journal stream.
-
-    journald files a line under the unit of the process that wrote it, whoever opened the stream, so
-    vmsilo-consoled cannot write there itself. The pen ends when the other side of `ink` is closed. Forked
-    twice: crosvm takes the end of a child for a crash.
-    """
-    try:
-        child = os.fork()
-    except OSError as error:
-        raise LaunchError(f"no process for the console's lines: {error.strerror}") from error
-    if child:
-        os.waitpid(child, 0)
-        return
-    try:
-        if os.fork() == 0:
-            # The unit gets SIGTERM as soon as the VMM is dead; its last words may still be on their way.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            os.dup2(ink, 0)
-            os.dup2(2, 1)
-            os.closerange(3, FDS_END)  # the VM's devices are among them
-            os.execve(PEN, [PEN], {})
-    finally:
-        os._exit(0)
 
 
 def place(fds: list[int], stdio: list[int] | None) -> None:

@@ -56,7 +56,7 @@ class Consoles:
     async def open(self, name: str, generation: str, journal: int | None) -> list[int]:
         """Descriptors for the VMM's standard input and output, the caller's; [] where there is no console.
 
-        `journal` leads to the unit's pen, for the guest's lines.
+        `journal` is a stream into the unit's own journal, for the guest's lines.
         """
         master, slave = await loop.in_worker(open_terminal)
         fds = [master] if journal is None else [master, journal]
@@ -177,27 +177,24 @@ def remove_sockets(run: Path, wanted: frozenset[str]) -> None:
 
 
 def split_passed(fds: Sequence[int]) -> tuple[list[int], int | None]:
-    """What a launcher passed: its listening sockets, and a stream to its unit's pen.
+    """What a launcher passed: its listening sockets, and the stream into its unit's journal.
 
-    The pen is a process of the VM's own unit and uid: whatever else the stream led to, only that VM's lines
-    would go there, and they are consoled's to write, not to read.
+    That stream ends in a process of the launcher's unit, under the VM's uid: whatever it is, it says nothing
+    in another's name.
     """
     listeners: list[int] = []
-    pen = None
+    journal = None
     for fd in fds:
-        if is_connected_stream(fd):
-            pen = fd
+        if is_stream(fd):
+            journal = fd
         else:
             listeners.append(fd)
-    return listeners, pen
+    return listeners, journal
 
 
-def is_connected_stream(fd: int) -> bool:
+def is_stream(fd: int) -> bool:
     if not stat.S_ISSOCK(os.fstat(fd).st_mode):
         return False
     with socket.socket(fileno=os.dup(fd)) as sock:
-        try:
-            sock.getpeername()
-        except OSError:
-            return False
-        return (sock.family, sock.type) == (socket.AF_UNIX, socket.SOCK_STREAM)
+        listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        return sock.family == socket.AF_UNIX and sock.type == socket.SOCK_STREAM and not listening

@@ -60,7 +60,9 @@ def fill_up(count: int) -> bytes:
 
 def test_history_its_end_and_what_is_live(host: ConsoleHost, terminal: Terminal) -> None:
     terminal.write(b"booted\r\n\x1b[1mlogin:\x1b[0m ")
-    host.attached(history=False).sock.close()  # by now it was read
+    first = host.attached(history=True)
+    first.expect_output(b"booted\r\n\x1b[1mlogin:\x1b[0m ")  # by now it was read
+    first.sock.close()
     client = host.client()
     assert client.expect("S") == {"vm": "banking", "running": True, "writer": False, "writer_pid": None}
     client.expect("H")

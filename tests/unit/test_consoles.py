@@ -31,19 +31,18 @@ def test_terminal_changes_no_byte_and_echoes_nothing() -> None:
         os.close(slave)
 
 
-def test_only_a_connected_stream_is_taken_for_the_pen(tmp_path: Path) -> None:
-    """A pipe, a listener and a socket of packets are not."""
-    ours, pens = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    packets, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    reading, writing = os.pipe()
-    with ours, pens, packets, other, socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(tmp_path / "listener"))
+def test_the_stream_is_told_from_listeners_and_pipes() -> None:
+    ours, its = socket.socketpair()
+    with ours, its, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("")
         listener.listen()
-        rest = [listener.fileno(), packets.fileno(), writing]
-        assert consoles.split_passed([*rest, ours.fileno()]) == (rest, ours.fileno())
-        assert consoles.split_passed(rest) == (rest, None)
-    os.close(reading)
-    os.close(writing)
+        reading, writing = os.pipe()
+        try:
+            fds = [listener.fileno(), its.fileno(), writing]
+            assert consoles.split_passed(fds) == ([listener.fileno(), writing], its.fileno())
+        finally:
+            os.close(reading)
+            os.close(writing)
 
 
 def test_what_runs_belongs_to_whom_it_was_started_for() -> None:

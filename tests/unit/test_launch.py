@@ -88,7 +88,7 @@ def run_launcher(
             launcher(tmp_path, argv), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
         ) as process:
             process.wait(30)
-            control.forget()  # the pen has standard error until then
+            control.forget()  # the log writer has standard error until then
             out, errors = process.communicate(timeout=30)
     finally:
         control.close()
@@ -100,7 +100,7 @@ def launcher(tmp_path: Path, argv: list[str]) -> list[str]:
     return [sys.executable, "-I", "-c", script]
 
 
-def find_pens(errors: int) -> list[Path]:
+def find_writers(errors: int) -> list[Path]:
     """The processes, but ours, that have standard error's other side."""
     pipe = Path(f"/proc/self/fd/{errors}").readlink()
     found = []
@@ -139,7 +139,7 @@ def test_descriptors_arrive_at_the_numbers_in_argv(tmp_path: Path) -> None:
     assert requests == [{"op": "prepare", "name": "banking", "fds": 1}]
 
 
-def test_the_pen_writes_what_it_is_given_and_outlives_the_vmm(tmp_path: Path) -> None:
+def test_the_log_writer_outlives_the_vmm(tmp_path: Path) -> None:
     """It has none of the VMM's descriptors, is no child of it, and the unit's SIGTERM does not end it."""
     disk = memory_file("the VMM's")
     show_children = "read children < /proc/$$/task/$$/children; echo children: $children"
@@ -153,10 +153,10 @@ def test_the_pen_writes_what_it_is_given_and_outlives_the_vmm(tmp_path: Path) ->
             assert process.stderr is not None
             assert process.stdout.read() == b"children:\n"
             assert process.wait(30) == 0
-            (pen,) = find_pens(process.stderr.fileno())
-            assert (pen / "comm").read_text() == "cat\n"
-            assert sorted(fd.name for fd in (pen / "fd").iterdir()) == ["0", "1", "2"]
-            os.kill(int(pen.name), signal.SIGTERM)
+            (writer,) = find_writers(process.stderr.fileno())
+            assert (writer / "comm").read_text() == "cat\n"
+            assert sorted(fd.name for fd in (writer / "fd").iterdir()) == ["0", "1", "2"]
+            os.kill(int(writer.name), signal.SIGTERM)
             os.write(control.passed[0], b"<6>console: last words\n")
             control.forget()
             assert process.stderr.read() == b"<6>console: last words\n"

@@ -55,7 +55,10 @@ class Consoles:
         self.consoles: dict[str, Console] = {}
 
     def listen(self, name: str, owner: int, fd: int) -> None:
-        """Take a listener, which replaces the one before; raises Refusal and takes nothing."""
+        """Take a listener, which replaces the one before; raises Refusal and takes nothing.
+
+        A new owner is not shown what ran for the one before.
+        """
         sock = open_listener(fd)
         try:
             console = self._find_or_add(name)
@@ -63,6 +66,9 @@ class Consoles:
             sock.detach()
             raise
         self._notifier.store(f"{LISTENER}-{name}", fd)
+        if console.owner not in (None, owner) and not console.running:
+            console.ring = None
+            self._store_or_drop(RING, name, None)
         console.listen(sock, owner)
         self._save(console)
 

@@ -1,8 +1,8 @@
 """The lines of one VM's console in the journal of the VM's unit: cleaned, at a bounded rate, never waiting.
 
 A UnitLog belongs to one run of a Console, which feeds it and closes it. It owns the stream socket that
-vmsilod passed (the unit's own standard output, shared with the unit's processes, so its flags are left
-alone). Where there is none, lines go to consoled's own standard error with the VM's name.
+vmsilod passed: at its other side a process of the unit writes what it reads to the unit's journal. Where
+there is none, lines go to consoled's own standard error with the VM's name.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ class UnitLog:
         stream, self._stream = self._stream, None
         self._tail = b""
         if stream is not None:
+            with contextlib.suppress(OSError):  # the writer is gone
+                stream.shutdown(socket.SHUT_RDWR)  # systemd's copy would keep the writer waiting
             stream.close()
 
     def _refill(self) -> None:
@@ -115,7 +117,9 @@ class UnitLog:
             return False
         except OSError as error:
             self._context.journal.log(
-                WARNING, self._name, f"the journal stream broke, using our own: {error.strerror}"
+                WARNING,
+                self._name,
+                f"the unit's log writer is gone, using our own: {error.strerror}",
             )
             self.abandon()
             return self._write(line)

@@ -76,14 +76,16 @@ def start_log_writer() -> socket.socket:
     ours, its = socket.socketpair()
     child = os.fork()
     if child == 0:
-        os.setsid()
-        if os.fork() == 0:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            os.dup2(its.fileno(), 0)
-            os.dup2(sys.stderr.fileno(), 1)
-            os.closerange(3, 256)
-            os.execve(LOG_WRITER, [LOG_WRITER], {"LANG": "C"})
-        os._exit(0)
+        try:
+            os.setsid()
+            if os.fork() == 0:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                os.dup2(its.fileno(), 0)
+                os.dup2(sys.stderr.fileno(), 1)
+                os.closerange(3, 256)
+                os.execve(LOG_WRITER, [LOG_WRITER], {"LANG": "C"})
+        finally:
+            os._exit(0)  # whatever failed: this process is not to go on as a second launcher
     os.waitpid(child, 0)
     its.close()
     return ours

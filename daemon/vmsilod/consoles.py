@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vmsilod import loop
+from vmsilod.bus.views import VmRemoved, VmView
 from vmsilod.errors import VmsiloError
 from vmsilod.host import find_uid
 from vmsilod.order_socket import OrderSocket
@@ -27,6 +28,7 @@ from vmsilod.vmm.launch import Console
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vmsilod.bus.views import Change
     from vmsilod.registry import Registry, Vm
 
 log = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ PROGRAM = "vmsilo-consoled"
 SOCKET_PATH = "/run/vmsilo/console.sock"
 RUN = Path("/run/vmsilo")
 SUFFIX = "-console"
+ENDED = ("stopped", "failed", "broken")
 OPEN_SECONDS = 5.0
 """A console is worth no more of a VM's start than this."""
 
@@ -71,6 +74,11 @@ class Consoles:
 
     async def close(self, name: str, generation: str) -> None:
         await self._tell({"op": "close", "name": name, "generation": generation})
+
+    def vm_changed(self, change: Change) -> None:
+        """A VM that has ended may have another owner now, or be gone."""
+        if isinstance(change, VmRemoved) or (isinstance(change, VmView) and change.state in ENDED):
+            self.agree_soon()
 
     def agree_soon(self) -> None:
         """Make consoled's listeners and runs those of the registry."""
@@ -133,8 +141,11 @@ def runs(vm: Vm, generation: str) -> bool:
 
 
 def owner_of(vm: Vm) -> int | None:
-    """The uid of the one who may have the console; None for a VM that is not configured."""
-    config = vm.config or vm.started
+    """The uid of the one who may have the console; None for a VM that is not configured.
+
+    What runs belongs to whom it was started for, whatever the files say by now.
+    """
+    config = vm.started or vm.config
     with contextlib.suppress(VmsiloError):
         return find_uid(config.user) if config is not None else None
     return None

@@ -79,6 +79,7 @@ class Daemon:
         self._runs.use_relay(self._relay)
         self._relay.open()
         self._consoles.connect()
+        self._lifecycle.subscribe(self._consoles.vm_changed)
         self._control = ControlServer(self._control_socket, self._runs)
         self._service = service.serve(
             self._con, self._lifecycle, Polkit(self._con), version=VERSION, on_closed=self._lost_bus

@@ -29,6 +29,8 @@ UNIT = "org.freedesktop.systemd1.Unit"
 SERVICE = "org.freedesktop.systemd1.Service"
 PROPERTIES = "org.freedesktop.DBus.Properties"
 CALL_TIMEOUT_MS = 25_000
+RELOAD_TIMEOUT_MS = 120_000
+"""systemd answers nothing while it reads all units and the generators run: a minute on a slow, busy host."""
 
 
 class NotLoaded(Failed):
@@ -194,10 +196,9 @@ class Systemd:
         return await loop.wait_for(future)
 
     async def _call(self, method: str, args: Any) -> tuple[Any, ...]:
+        timeout = RELOAD_TIMEOUT_MS if method == "Reload" else CALL_TIMEOUT_MS
         try:
-            values, _ = await loop.dbus_call(
-                self._con, NAME, PATH, MANAGER, method, args, None, CALL_TIMEOUT_MS
-            )
+            values, _ = await loop.dbus_call(self._con, NAME, PATH, MANAGER, method, args, None, timeout)
         except GLib.Error as error:
             absent = Gio.dbus_error_get_remote_error(error) == "org.freedesktop.systemd1.NoSuchUnit"
             raise (NotLoaded if absent else Failed)(f"systemd refused {method}: {error.message}") from error

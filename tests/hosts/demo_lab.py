@@ -65,6 +65,9 @@ def show_all(transcript: Transcript) -> None:
     )
     show("vm-shell --ssh banking id")
     show("vmsilo pci list")
+    # QEMU's emulated IOMMU does not remap interrupts, which vmsilo refuses until that is accepted.
+    show("vm-start net", expect=1)
+    show("modprobe vfio_iommu_type1 allow_unsafe_interrupts=1    # accepted", user="root")
     show("vm-run net sh -c 'ip -br link; cat /sys/class/net/e*/address'    # the NIC leaves the host here")
     show("vmsilo pci list")
     show(

@@ -71,7 +71,7 @@ def vmm(request: pytest.FixtureRequest) -> str:
 def vm(host: Host, vmm: str) -> Iterator[str]:
     name = f"usb-{vmm}"
     with host.vm(name, f'{SHAPE}vmm = "{vmm}"\nusb = true\n'):
-        host.vm_run(name, "true", timeout=900)
+        host.run(f"vm-start --wait {name}", timeout=1000)
         yield name
 
 

@@ -177,7 +177,9 @@ def test_one_device_for_two_vms_is_a_warning_that_disables_neither(tmp_path: Pat
         "etc/vms.d/b.toml": 'usb_devices = ["046d:c52b:X", "046D:C52B"]',
     }
     configuration = load(tmp_path, files)
-    assert facts(configuration) == [("usb_devices", "the VM a has the rule 046d:c52b, too")]
+    assert facts(configuration) == []
+    (warning,) = configuration.warnings
+    assert (warning.key, warning.fact) == ("usb_devices", "046d:c52b is also a rule of a")
     assert set(configuration.vms) == {"a", "b"}
 
 

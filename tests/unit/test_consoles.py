@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import pwd
 import socket
 import stat
 import termios
 from typing import TYPE_CHECKING
 
 from vmsilod import consoles
+from vmsilod.config.model import VmConfig
+from vmsilod.registry import Vm
+from vmsilod.resources.record import Record
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,6 +43,23 @@ def test_the_stream_is_told_from_listeners_and_pipes() -> None:
         finally:
             os.close(reading)
             os.close(writing)
+
+
+def test_what_runs_belongs_to_whom_it_was_started_for() -> None:
+    def config(user: str) -> VmConfig:
+        sizes = {"memory": 512, "cpus": 1, "start_timeout": 9, "stop_timeout": 9}
+        return VmConfig.model_validate(
+            {"name": "banking", "user": user, "color": "red", "image": "default", **sizes}
+        )
+
+    vm = Vm("banking", config=config("root"))
+    assert consoles.owner_of(vm) == 0
+    vm.record = Record("banking", "unit", "g1", config=config("daemon").to_json())
+    assert consoles.owner_of(vm) == pwd.getpwnam("daemon").pw_uid
+    vm.record = None
+    assert consoles.owner_of(vm) == 0
+    vm.config = None
+    assert consoles.owner_of(vm) is None
 
 
 def test_leftover_sockets_are_removed_and_nothing_else(tmp_path: Path) -> None:

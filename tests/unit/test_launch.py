@@ -4,8 +4,10 @@ refused.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -42,6 +44,7 @@ class ControlSocket:
 
     def __init__(self, path: Path, answer: Callable[[dict[str, Any]], Answer | None]) -> None:
         self.requests: list[dict[str, Any]] = []
+        self.passed: list[int] = []  # the descriptors of the last request, as long as it is open
         self._answer = answer
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind(str(path))
@@ -57,14 +60,20 @@ class ControlSocket:
                 return
             with sock:
                 data, fds, _, _ = socket.recv_fds(sock, 4096, 4)
-                for fd in fds:
-                    os.close(fd)
+                self.forget()
+                self.passed = fds
                 self.requests.append({**json.loads(data), "fds": len(fds)})
                 reply = self._answer(self.requests[-1])
                 if reply is not None:
                     socket.send_fds(sock, [json.dumps(reply[0]).encode()], reply[1])
 
+    def forget(self) -> None:
+        passed, self.passed = self.passed, []
+        for fd in passed:
+            os.close(fd)
+
     def close(self) -> None:
+        self.forget()
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self._thread.join(5)
@@ -74,19 +83,32 @@ def run_launcher(
     tmp_path: Path, argv: list[str], answer: Callable[[dict[str, Any]], Answer | None], env: dict[str, str]
 ) -> tuple[subprocess.CompletedProcess[str], list[dict[str, Any]]]:
     control = ControlSocket(tmp_path / "control.sock", answer)
-    script = RUN.format(path=str(REPO / "daemon"), control=str(tmp_path / "control.sock"), argv=argv)
     try:
-        done = subprocess.run(
-            [sys.executable, "-I", "-c", script],
-            capture_output=True,
-            text=True,
-            env=env,
-            timeout=30,
-            check=False,
-        )
+        with subprocess.Popen(
+            launcher(tmp_path, argv), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+        ) as process:
+            process.wait(30)
+            control.forget()  # the log writer has standard error until then
+            out, errors = process.communicate(timeout=30)
     finally:
         control.close()
-    return done, control.requests
+    return subprocess.CompletedProcess(argv, process.returncode, out, errors), control.requests
+
+
+def launcher(tmp_path: Path, argv: list[str]) -> list[str]:
+    script = RUN.format(path=str(REPO / "daemon"), control=str(tmp_path / "control.sock"), argv=argv)
+    return [sys.executable, "-I", "-c", script]
+
+
+def find_writers(errors: int) -> list[Path]:
+    """The processes, but ours, that have standard error's other side."""
+    pipe = Path(f"/proc/self/fd/{errors}").readlink()
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if int(process.name) != os.getpid() and (process / "fd/2").readlink() == pipe:
+                found.append(process)
+    return found
 
 
 def memory_file(text: str) -> int:
@@ -115,6 +137,32 @@ def test_descriptors_arrive_at_the_numbers_in_argv(tmp_path: Path) -> None:
         "red None",
     ]
     assert requests == [{"op": "prepare", "name": "banking", "fds": 1}]
+
+
+def test_the_log_writer_outlives_the_vmm(tmp_path: Path) -> None:
+    """It has none of the VMM's descriptors, is no child of it, and the unit's SIGTERM does not end it."""
+    disk = memory_file("the VMM's")
+    show_children = "read children < /proc/$$/task/$$/children; echo children: $children"
+    reply = {"argv": ["/bin/sh", "-c", show_children], "env": {}, "stdio": []}
+    control = ControlSocket(tmp_path / "control.sock", lambda _: (reply, [disk]))
+    try:
+        with subprocess.Popen(
+            launcher(tmp_path, ["start", "banking"]), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            assert process.stdout.read() == b"children:\n"
+            assert process.wait(30) == 0
+            (writer,) = find_writers(process.stderr.fileno())
+            assert (writer / "comm").read_text() == "cat\n"
+            assert sorted(fd.name for fd in (writer / "fd").iterdir()) == ["0", "1", "2"]
+            os.kill(int(writer.name), signal.SIGTERM)
+            os.write(control.passed[0], b"<6>console: last words\n")
+            control.forget()
+            assert process.stderr.read() == b"<6>console: last words\n"
+    finally:
+        control.close()
+        os.close(disk)
 
 
 def test_terminals_become_standard_input_and_output(tmp_path: Path) -> None:

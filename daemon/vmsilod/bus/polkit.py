@@ -52,7 +52,7 @@ class Limits:
     hold more than a few.
     """
 
-    quiet_seconds: float = 10
+    quiet_seconds: float = 20
     quiet_per_uid: int = 8
     quiet_total: int = 48
     interactive_seconds: float = 120

@@ -119,16 +119,18 @@ def check_cycles(depends_on: Mapping[str, tuple[str, ...]], files: Mapping[str, 
     return problems
 
 
-def check_usb_rules(rules: Mapping[str, tuple[UsbDevice, ...]], files: Mapping[str, str]) -> list[Problem]:
-    """A warning, which disables no VM: two VMs have one and the same rule."""
+def find_equal_usb_rules(
+    rules: Mapping[str, tuple[UsbDevice, ...]], files: Mapping[str, str]
+) -> list[Problem]:
+    """Of two VMs with one and the same rule, neither is wrong."""
     problems = []
     seen: dict[UsbDevice, str] = {}
-    for name, entries in sorted(rules.items()):
+    for name, entries in rules.items():
         for rule in dict.fromkeys(entries):
             first = seen.setdefault(rule, name)
             if first != name:
                 ids = ":".join(part for part in (rule.vendor, rule.product, rule.serial) if part)
-                fact = f"the VM {first} has the rule {ids}, too"
+                fact = f"{ids} is also a rule of {first}"
                 hint = "of the two that run the one that was started first gets the device"
                 problems.append(Problem(files[name], "usb_devices", fact, hint))
     return problems

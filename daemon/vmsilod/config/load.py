@@ -193,9 +193,6 @@ def _check_dependencies(found: _Found) -> None:
     depends_on = {name: vm.depends_on for name, (vm, _) in found.vms.items()}
     files = {name: document.find_origin(("depends_on",)) for name, (_, document) in found.vms.items()}
     found.problems += checking.check_cycles(depends_on, files)
-    rules = {name: vm.usb_devices for name, (vm, _) in found.vms.items()}
-    places = {name: document.find_origin(("usb_devices",)) for name, (_, document) in found.vms.items()}
-    found.problems += checking.check_usb_rules(rules, places)
     found.problems += checking.find_dangling(depends_on, files, found.broken_names())
 
 
@@ -217,6 +214,10 @@ def _conclude(settings: GlobalConfig | None, found: _Found) -> Configuration:
     warnings = checking.find_shared_devices(
         {name: vm.pci_devices for name, vm in vms.items()},
         {name: found.vms[name][1].find_origin(("pci_devices",)) for name in vms},
+    )
+    warnings += checking.find_equal_usb_rules(
+        {name: vm.usb_devices for name, vm in vms.items()},
+        {name: found.vms[name][1].find_origin(("usb_devices",)) for name in vms},
     )
     return Configuration(
         settings, MappingProxyType(vms), tuple(found.problems), MappingProxyType(broken), tuple(warnings)

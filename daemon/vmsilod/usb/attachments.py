@@ -25,7 +25,6 @@ from vmsilod.usb.state import Attachment, UsbRun
 from vmsilod.usb.usage import find_obstacles
 from vmsilod.vmm import drivers
 from vmsilod.vmm.choose import VmmKind
-from vmsilod.vmm.errors import MonitorError
 from vmsilod.vmm.monitor import UsbMonitor
 from vmsilod.waiting import Lock
 
@@ -216,12 +215,17 @@ class UsbAttachments:
             if device is None:
                 run.attached.remove(attachment)
                 log.info("VM %s: USB device %s (%s) was unplugged", vm.name, attachment.name, attachment.ids)
-                with contextlib.suppress(MonitorError):  # most VMMs have noticed themselves
-                    await loop.in_worker(self._open_monitor(vm).detach_usb, attachment.handle)
+                with contextlib.suppress(VmsiloError):
+                    await self._tidy(self._open_monitor(vm), attachment.handle)
             elif device.host_drivers:
                 # A driver that was loaded since takes every device that nobody has claimed yet.
                 with contextlib.suppress(VmsiloError):
                     await loop.in_worker(handover.take_from_host, device, self._place.sysfs)
+
+    async def _tidy(self, monitor: UsbMonitor, handle: str) -> None:
+        """crosvm has noticed that the device is gone, and would log an error; QEMU keeps an empty shell."""
+        if any(entry.handle == handle for entry in await loop.in_worker(monitor.list_usb)):
+            await loop.in_worker(monitor.detach_usb, handle)
 
     async def _attach_by_rule(self, claim: Claim, device: UsbDevice) -> None:
         vm = self._registry.find(claim.vm)

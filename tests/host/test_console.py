@@ -63,7 +63,7 @@ def test_history_keys_and_leaving(site: Site) -> None:
         leave(terminal)
     assert b"hostile title" not in terminal.shown
     assert site.state(name) == "running"
-    assert "\x1b]0;hostile title\x07standin: the guest's console\r\ntyped: KEYS" in log_of(site, name)
+    assert "\x1b]0;hostile title\x07standin: the guest's console\ntyped: KEYS" in log_of(site, name)
     with attach(site, name, "--no-history") as terminal:
         terminal.read_until(b"console of")
         terminal.type(b"more\r")

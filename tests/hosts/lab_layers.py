@@ -23,7 +23,8 @@ LAB_PACKAGES = [
     *("openssh-server", "openssh-client", "virtiofsd", "pciutils", "usbutils", "python3-pytest", "jq"),
 ]
 BENCH_PACKAGES = [
-    *("libvirt-daemon-system", "libvirt-clients", "systemd-container", "ovmf", "socat"),
+    *("libvirt-daemon-system", "libvirt-daemon-driver-qemu", "libvirt-clients"),
+    *("systemd-container", "ovmf"),  # systemd-vmspawn, which always starts a firmware
 ]
 DISK_SIZE = "8G"
 SPARE_SIZE = 64 << 20
@@ -48,6 +49,7 @@ UNNEEDED = (
     *("e2scrub_all.timer", "e2scrub_reap.service", "systemd-networkd-wait-online.service"),
 )
 KEY = CACHE / "hosts" / "lab-key"
+BENCH_RECIPE = "tests/bench/probes/bench.toml"
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,17 @@ class LabParts:
 
 
 def make_lab(*, bench: bool = False) -> LabParts:
-    """All layers. Downloads about 350 MB and takes about 4 minutes the first time."""
+    """All layers. Downloads about 350 MB and takes about 4 minutes the first time. `bench`: a lab with what
+    the bench compares with, and one image, bench."""
     base = make_lab_base(
         LAB_PACKAGES + (BENCH_PACKAGES if bench else []), "benchbase" if bench else "labbase"
     )
     prefix = "bench" if bench else "lab"
     installed = layers.make_installed(base, f"{prefix}installed", "update-initramfs -u")
-    images = [layers.make_images(base, installed, name) for name in ("default", "hardware")]
+    if bench:
+        images = [layers.make_images(base, installed, "bench", BENCH_RECIPE)]
+    else:
+        images = [layers.make_images(base, installed, name) for name in ("default", "hardware")]
     key = make_key()
     disk = make_disk(base, installed, images, f"{prefix}disk")
     return LabParts(base / "root", disk / "host.ext4", disk / "vmlinuz", disk / "initrd", key)

@@ -24,8 +24,10 @@ LAB_PACKAGES = [
 ]
 BENCH_PACKAGES = [
     *("libvirt-daemon-system", "libvirt-daemon-driver-qemu", "libvirt-clients"),
-    *("systemd-container", "ovmf"),  # systemd-vmspawn, which always starts a firmware
 ]
+# Debian 13 does not build systemd-vmspawn. The newer one runs there with its own library beside it.
+VMSPAWN_PACKAGES = ("systemd-container", "libsystemd-shared")
+VMSPAWN_FILES = ("usr/bin/systemd-vmspawn", "usr/lib/x86_64-linux-gnu/systemd/libsystemd-shared-*.so")
 DISK_SIZE = "8G"
 SPARE_SIZE = 64 << 20
 NIC_MAC = "52:54:00:00:00:01"
@@ -99,6 +101,30 @@ def make_lab_base(packages: list[str], name: str) -> Path:
             layers.finish_root(root)
             (root / "etc/initramfs-tools/modules").write_text(INITRAMFS_MODULES)
             layers.fetch_wheels(partial / "wheels", root)
+    layers.drop_older(target)
+    return target
+
+
+def make_vmspawn() -> Path:
+    """A folder whose `root` has systemd-vmspawn, to be put over the lab's root."""
+    target = CACHE / "hosts" / f"vmspawn-{digest(layers.DEVICE_SUITE, *VMSPAWN_PACKAGES, *VMSPAWN_FILES)}"
+    with making(target) as partial:
+        if partial is not None:
+            say(f"fetching systemd-vmspawn: Debian {layers.DEVICE_SUITE}")
+            extracted = partial / "extracted"
+            # A testing suite's Release file runs out while nobody refreshes a mirror's snapshot.
+            options = ["--variant=extract", '--aptopt=Acquire::Check-Valid-Until "false"', "--mode=root"]
+            include = f"--include={','.join(VMSPAWN_PACKAGES)}"
+            run_logged(
+                ["mmdebstrap", *options, include, layers.DEVICE_SUITE, str(extracted)],
+                CACHE / "logs" / "vmspawn.log",
+            )
+            for pattern in VMSPAWN_FILES:
+                for source in extracted.glob(pattern):
+                    copy = partial / "root" / source.relative_to(extracted)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy2(source, copy)
+            shutil.rmtree(extracted)
     layers.drop_older(target)
     return target
 

@@ -26,8 +26,8 @@ PROBE = Path(__file__).parent / "probes/lab_peers.py"
 ROUNDS = 3
 WARM_CALLS = 7  # in each round
 VERSIONS = (
-    "uname -r; qemu-system-x86_64 --version | head -n 1; virsh --version; systemd-vmspawn --version | head -n 1;"
-    " crosvm --version; cloud-hypervisor --version"
+    "uname -r; qemu-system-x86_64 --version | head -n 1; echo libvirt $(virsh --version);"
+    " systemd-vmspawn --version | head -n 1; crosvm --version; cloud-hypervisor --version"
 )
 
 

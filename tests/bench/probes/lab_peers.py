@@ -1,4 +1,4 @@
-"""Runs `true` in one image by several ways, cold and warm, and says how long each took. Runs in the lab, as root.
+"""Runs `true` in one image by several ways, cold and warm, and says how long each took. In the lab, as root.
 
 argv[1]: {"rounds": N, "warm": N for each round}. Prints, for each way, its times in seconds and, where it
 could not be measured, why. One VM runs at a time: in each round every way is started, called and ended in
@@ -10,12 +10,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 MEMORY, CPUS = 768, 2
 COLD_SECONDS, SETTLE_SECONDS, POLL_SECONDS = 180, 5, 0.05
@@ -283,6 +288,7 @@ def copy_image() -> None:
 
 def main() -> None:
     request = json.loads(sys.argv[1])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     os.environ["LC_ALL"] = "C.UTF-8"
     copy_image()
     qemu = 'vmm = "qemu"\n[qemu]\nmachine = "{}"\n'
@@ -301,8 +307,8 @@ def main() -> None:
             guarded(way, way.prepare)
         for _ in range(request["rounds"]):
             for way in ways:
-                guarded(way, lambda way=way: measure_cold(way))
-                guarded(way, lambda way=way: measure_warm(way, request["warm"]))
+                guarded(way, partial(measure_cold, way))
+                guarded(way, partial(measure_warm, way, request["warm"]))
                 guarded(way, way.stop)
     finally:
         for way in ways:

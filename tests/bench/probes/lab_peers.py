@@ -295,8 +295,8 @@ def main() -> None:
     ways = [
         make_vmsilo("bench-q35", "`vm-run`, QEMU q35", "qemu-system-x86_64", qemu.format("q35")),
         make_virsh(),
-        make_vmsilo("bench-microvm", "`vm-run`, QEMU microvm", "qemu-system-x86_64", qemu.format("microvm")),
         make_vmspawn(),
+        make_vmsilo("bench-microvm", "`vm-run`, QEMU microvm", "qemu-system-x86_64", qemu.format("microvm")),
         make_vmsilo("bench-crosvm", "`vm-run`, crosvm", "crosvm", 'vmm = "crosvm"\n'),
         make_vmsilo(
             "bench-ch", "`vm-run`, cloud-hypervisor", "cloud-hypervisor", 'vmm = "cloud-hypervisor"\n'

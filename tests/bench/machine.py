@@ -12,15 +12,16 @@ if TYPE_CHECKING:
 
 
 def describe_machine(ground: Ground) -> str:
-    model = _find_field("/proc/cpuinfo", "model name")
-    memory = int(_find_field("/proc/meminfo", "MemTotal").split()[0]) / 2**20
     vmm = ground.host.run("qemu-system-x86_64 --version | head -n 1").stdout.strip()
     python = ground.host.run(["python3", "--version"]).stdout.strip()
     systemd = ground.host.run("systemctl --version | head -n 1").stdout.strip()
-    return (
-        f"{os.cpu_count()} CPUs {model}, {memory:.0f} GiB, kernel {platform.release()}; "
-        f"in the container host {systemd}, {python}, {vmm}"
-    )
+    return f"{describe_host()}; in the container host {systemd}, {python}, {vmm}"
+
+
+def describe_host() -> str:
+    model = _find_field("/proc/cpuinfo", "model name")
+    memory = int(_find_field("/proc/meminfo", "MemTotal").split()[0]) / 2**20
+    return f"{os.cpu_count()} CPUs {model}, {memory:.0f} GiB, kernel {platform.release()}"
 
 
 def describe_load() -> str:

@@ -23,8 +23,11 @@ LAB_PACKAGES = [
     *("openssh-server", "openssh-client", "virtiofsd", "pciutils", "usbutils", "python3-pytest", "jq"),
 ]
 BENCH_PACKAGES = [
-    *("libvirt-daemon-system", "libvirt-clients", "systemd-container", "ovmf", "socat"),
+    *("libvirt-daemon-system", "libvirt-daemon-driver-qemu", "libvirt-clients"),
 ]
+# Debian 13 does not build systemd-vmspawn. The newer one runs there with its own library beside it.
+VMSPAWN_PACKAGES = ("systemd-container", "libsystemd-shared")
+VMSPAWN_FILES = ("usr/bin/systemd-vmspawn", "usr/lib/x86_64-linux-gnu/systemd/libsystemd-shared-*.so")
 DISK_SIZE = "8G"
 SPARE_SIZE = 64 << 20
 NIC_MAC = "52:54:00:00:00:01"
@@ -48,6 +51,7 @@ UNNEEDED = (
     *("e2scrub_all.timer", "e2scrub_reap.service", "systemd-networkd-wait-online.service"),
 )
 KEY = CACHE / "hosts" / "lab-key"
+BENCH_RECIPE = "tests/bench/probes/bench.toml"
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,17 @@ class LabParts:
 
 
 def make_lab(*, bench: bool = False) -> LabParts:
-    """All layers. Downloads about 350 MB and takes about 4 minutes the first time."""
+    """All layers. Downloads about 350 MB and takes about 4 minutes the first time. `bench`: a lab with what
+    the bench compares with, and one image, bench."""
     base = make_lab_base(
         LAB_PACKAGES + (BENCH_PACKAGES if bench else []), "benchbase" if bench else "labbase"
     )
     prefix = "bench" if bench else "lab"
     installed = layers.make_installed(base, f"{prefix}installed", "update-initramfs -u")
-    images = [layers.make_images(base, installed, name) for name in ("default", "hardware")]
+    if bench:
+        images = [layers.make_images(base, installed, "bench", BENCH_RECIPE)]
+    else:
+        images = [layers.make_images(base, installed, name) for name in ("default", "hardware")]
     key = make_key()
     disk = make_disk(base, installed, images, f"{prefix}disk")
     return LabParts(base / "root", disk / "host.ext4", disk / "vmlinuz", disk / "initrd", key)
@@ -93,6 +101,30 @@ def make_lab_base(packages: list[str], name: str) -> Path:
             layers.finish_root(root)
             (root / "etc/initramfs-tools/modules").write_text(INITRAMFS_MODULES)
             layers.fetch_wheels(partial / "wheels", root)
+    layers.drop_older(target)
+    return target
+
+
+def make_vmspawn() -> Path:
+    """A folder whose `root` has systemd-vmspawn, to be put over the lab's root."""
+    target = CACHE / "hosts" / f"vmspawn-{digest(layers.DEVICE_SUITE, *VMSPAWN_PACKAGES, *VMSPAWN_FILES)}"
+    with making(target) as partial:
+        if partial is not None:
+            say(f"fetching systemd-vmspawn: Debian {layers.DEVICE_SUITE}")
+            extracted = partial / "extracted"
+            # A testing suite's Release file runs out while nobody refreshes a mirror's snapshot.
+            options = ["--variant=extract", '--aptopt=Acquire::Check-Valid-Until "false"', "--mode=root"]
+            include = f"--include={','.join(VMSPAWN_PACKAGES)}"
+            run_logged(
+                ["mmdebstrap", *options, include, layers.DEVICE_SUITE, str(extracted)],
+                CACHE / "logs" / "vmspawn.log",
+            )
+            for pattern in VMSPAWN_FILES:
+                for source in extracted.glob(pattern):
+                    copy = partial / "root" / source.relative_to(extracted)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy2(source, copy)
+            shutil.rmtree(extracted)
     layers.drop_older(target)
     return target
 

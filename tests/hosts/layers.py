@@ -254,10 +254,13 @@ def make_installed(base: Path, name: str = "installed", then: str = "true") -> P
     return target
 
 
-def make_images(base: Path, installed: Path, image: str = "default") -> Path:
-    """An images folder with that image, built inside the host by `vmsilo image build`."""
+def make_images(base: Path, installed: Path, image: str = "default", recipe: str = "") -> Path:
+    """An images folder with that image, built inside the host by `vmsilo image build`; `recipe` is a file of
+    the repository, where vmsilo has none of that name."""
     name = "images" if image == "default" else f"images_{image}"
-    target = CACHE / "hosts" / f"{name}-{digest(HOST_SUITE, image, files=IMAGE_FROM)}"
+    recipes = [recipe] if recipe else []
+    key = digest(HOST_SUITE, image, files=[*IMAGE_FROM, *recipes])
+    target = CACHE / "hosts" / f"{name}-{key}"
     with making(target) as partial:
         if partial is not None:
             say(f"building the guest image in the test host: vmsilo image build {image}")
@@ -268,8 +271,12 @@ def make_images(base: Path, installed: Path, image: str = "default") -> Path:
                 with mounted(
                     [installed / "upper", base / "root"], scratch / "upper", scratch / "work"
                 ) as merged:
-                    bind = f"--bind={partial}:/var/lib/vmsilo/images"
-                    run_shown(nspawn(merged, bind, "vmsilo", "image", "build", image))
+                    binds = [f"--bind={partial}:/var/lib/vmsilo/images"]
+                    command = ["vmsilo", "image", "build", image]
+                    if recipe:
+                        binds.append(f"--bind-ro={REPO / recipe}:/root/{image}.toml")
+                        command.append(f"--recipe=/root/{image}.toml")
+                    run_shown(nspawn(merged, *binds, *command))
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     drop_older(target)

@@ -154,7 +154,7 @@ def owner_of(vm: Vm) -> int | None:
 def console_of(vm: Vm, terminals: Sequence[int]) -> Console:
     if not terminals:
         return Console.NONE
-    return Console.STDIO if vm.debug else Console.SERIAL
+    return Console.STDIO if vm.debug else Console.VIRTIO
 
 
 def open_terminal() -> tuple[int, int]:

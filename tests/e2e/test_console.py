@@ -39,7 +39,7 @@ def test_the_user_is_logged_in_on_the_console(demo: Container) -> None:
         terminal.type(b"id; tty; echo $TERM d''one\r")
         terminal.read_until(b"dumb done")
         assert b"uid=1000(user)" in terminal.shown
-        assert b"\r\n/dev/ttyS0\r\n" in terminal.shown
+        assert b"\r\n/dev/hvc0\r\n" in terminal.shown
         terminal.type(b"\x1d")
         assert terminal.wait() == 0
     with shell(demo) as terminal:

@@ -41,7 +41,7 @@ JOURNAL = "journalctl -b {boot} -q --no-pager -o short-precise"
 JOURNALCTL = "journalctl -q --no-pager -o cat"  # all boots
 WARNINGS = f"{JOURNALCTL} -p warning -u 'vmsilo*'; {JOURNALCTL} -p err"
 PYTEST = (
-    "cd /root/tests && python3 -m pytest -q -p no:cacheprovider --import-mode=importlib --durations=15"
+    "cd /root/tests && python3 -u -m pytest -q -p no:cacheprovider --import-mode=importlib --durations=15"
     " --junitxml=/root/results/{name}.xml {what}"
 )
 

@@ -83,6 +83,7 @@ CROSVM_CASES = {
     "crosvm-hybrid-vsock": (VM, HYBRID, Console.NONE),
     "crosvm-writable-disk": (EXTRA_PARAMS, WRITABLE, Console.NONE),
     "crosvm-usb": (replace(VM, usb=True), LEASES, Console.NONE),
+    "crosvm-console": (VM, LEASES, Console.VIRTIO),
     "crosvm-debug-console": (VM, LEASES, Console.STDIO),
     "crosvm-pci": (PCI, LEASES, Console.NONE),
     "crosvm-no-disk": (VM, replace(LEASES, root=None, initrd_fd=None), Console.NONE),
@@ -120,6 +121,8 @@ QEMU_CASES = {
         Console.NONE,
     ),
     "qemu-microvm-tcg-hybrid": (MICROVM, replace(HYBRID, kvm=False), Console.NONE),
+    "qemu-microvm-console": (VM, LEASES, Console.VIRTIO),
+    "qemu-q35-console": (replace(VM, needs_pci=True), LEASES, Console.VIRTIO),
     "qemu-microvm-kvm-kernel-vsock": (VM, LEASES, Console.NONE),
     "qemu-q35-kvm-writable-disk": (Q35, WRITABLE, Console.NONE),
     "qemu-q35-tcg-hybrid": (VM, replace(HYBRID, kvm=False), Console.NONE),
@@ -243,7 +246,7 @@ def read_options(argv: list[str], grammar: dict[str, bool]) -> list[str]:
     while rest and rest[0].startswith("-"):
         option = rest.pop(0)
         assert option in grammar
-        repeatable = option in ("--vfio", "--vhost-user")
+        repeatable = option in ("--serial", "--vfio", "--vhost-user")
         assert option not in seen or repeatable, "crosvm refuses a repeated single option"
         seen.add(option)
         if not grammar[option]:

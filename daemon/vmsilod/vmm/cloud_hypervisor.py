@@ -50,16 +50,15 @@ def plan_launch(vm: VmShape, leases: Leases, *, console: Console, binary: str) -
     argv += ["--cpus", f"boot={vm.cpus},nested=off"]
     argv += ["--memory", _plan_memory(vm)]
     argv += ["--balloon", "size=0,deflate_on_oom=on,free_page_reporting=on"]
-    argv += ["--pvpanic", "--console", "off"]
-    argv += ["--serial", "null" if console is Console.NONE else "tty"]
+    argv += ["--pvpanic", "--console", "tty" if console is Console.VIRTIO else "off"]
+    argv += ["--serial", "tty" if console is Console.STDIO else "null"]
     argv += _vsock_args(leases)
     argv += _disk_args(leases.root, fds)
     argv += plan_vhost_user(vm, leases, fds)
     argv += ["--kernel", fds.path(leases.kernel_fd)]
     if leases.initrd_fd is not None:
         argv += ["--initramfs", fds.path(leases.initrd_fd)]
-    vmm_params = () if console is Console.NONE else ("console=ttyS0",)
-    argv += ["--cmdline", plan_kernel_params(vm, leases, console=console, vmm_params=vmm_params)]
+    argv += ["--cmdline", plan_kernel_params(vm, leases, console=console)]
     argv += vm.cloud_hypervisor.extra_args
     return Launch(tuple(argv), ENVIRONMENT, fds.passed())
 

@@ -70,7 +70,7 @@ def plan_launch(vm: VmShape, leases: Leases, *, console: Console, binary: str) -
     argv += _console_args(console)
     if leases.initrd_fd is not None:
         argv += ["--initrd", fds.path(leases.initrd_fd)]
-    # crosvm itself puts panic=-1 first, and console=ttyS0 for a serial port with `console`.
+    # crosvm itself puts panic=-1 first.
     params = plan_kernel_params(vm, leases, console=console, vmm_params=("i8042.noaux", "i8042.nokbd"))
     argv += ["--params", params]
     argv += [*vm.crosvm.extra_run_args, fds.path(leases.kernel_fd)]
@@ -110,10 +110,13 @@ def _pci_args(vm: VmShape) -> list[str]:
 
 
 def _console_args(console: Console) -> list[str]:
+    if console is Console.STDIO:
+        return ["--serial", "type=stdout,hardware=serial,num=1,stdin=true"]
     # Without a first serial port of ours crosvm would make one on its standard input and output.
-    if console is not Console.NONE:
-        return ["--serial", "type=stdout,hardware=serial,num=1,console=true,stdin=true"]
-    return ["--serial", "type=sink,hardware=serial,num=1"]
+    sink = ["--serial", "type=sink,hardware=serial,num=1"]
+    if console is Console.NONE:
+        return sink
+    return [*sink, "--serial", "type=stdout,hardware=virtio-console,num=1,stdin=true"]
 
 
 def _check_log_level(level: str) -> str:

@@ -37,10 +37,13 @@ def plan_kernel_params(
 
 
 def _console_params(console: Console) -> tuple[str, ...]:
-    # A serial console costs an exit per byte, at boot too: the kernel's notices are for vm-start-debug.
+    if console is Console.NONE:
+        return ("quiet", "loglevel=3")
     if console is Console.STDIO:
-        return ("systemd.show_status=yes",)
-    return ("quiet", "loglevel=3") if console is Console.NONE else ("loglevel=5", "systemd.show_status=yes")
+        return ("console=ttyS0", "systemd.show_status=yes")
+    # tty0 is what /dev/console is until the virtio console is there, which then has all messages from the
+    # first on.
+    return ("console=tty0", "console=hvc0", "loglevel=5", "systemd.show_status=yes")
 
 
 def _guest_params(name: str) -> tuple[str, ...]:

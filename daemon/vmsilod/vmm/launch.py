@@ -28,10 +28,14 @@ class Console(enum.Enum):
 
     NONE = "none"
     """Nowhere: vmsilo-consoled could not take them."""
-    SERIAL = "serial"
-    """The VMM's standard input and output are a terminal whose other side vmsilo-consoled has."""
+    VIRTIO = "virtio"
+    """The VMM's standard input and output are a terminal whose other side vmsilo-consoled has; in the guest
+    it is a virtio console (hvc0).
+    """
     STDIO = "stdio"
-    """They are the terminal of vm-start-debug: everything that the kernel says."""
+    """They are the terminal of vm-start-debug; in the guest it is the first serial port (ttyS0), which shows
+    a kernel from its first word on.
+    """
 
 
 @dataclass(frozen=True)

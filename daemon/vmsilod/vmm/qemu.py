@@ -61,7 +61,7 @@ def plan_launch(vm: VmShape, leases: Leases, *, console: Console, binary: str) -
     argv += ["-kernel", fds.path(leases.kernel_fd)]
     if leases.initrd_fd is not None:
         argv += ["-initrd", fds.path(leases.initrd_fd)]
-    argv += ["-append", _plan_append(vm, leases, console)]
+    argv += ["-append", plan_kernel_params(vm, leases, console=console)]
     bus = "device" if machine == "microvm" else "pci"
     # The first virtio-blk device is the guest's vda.
     argv += _disk_args(leases.root, fds, bus)
@@ -78,9 +78,7 @@ def plan_launch(vm: VmShape, leases: Leases, *, console: Console, binary: str) -
     argv += ["-action", "reboot=reset,shutdown=poweroff,panic=exit-failure"]
     argv += ["-chardev", f"socket,id=mon0,fd={fds.number(leases.monitor_fd)},server=on,wait=off"]
     argv += ["-mon", "chardev=mon0,mode=control"]
-    if console is not Console.NONE:
-        # signal=off: Ctrl-C is the guest's.
-        argv += ["-chardev", "stdio,id=console0,signal=off", "-serial", "chardev:console0"]
+    argv += _console_args(console, bus)
     argv += vm.qemu.extra_args
     return Launch(tuple(argv), ENVIRONMENT, fds.passed())
 
@@ -112,7 +110,7 @@ def uses_kvm(vm: VmShape, leases: Leases) -> bool:
 
 def _machine_args(vm: VmShape, machine: str, console: Console, *, kvm: bool) -> list[str]:
     options = f"{_MACHINES[machine]},{_MACHINE_MEMORY}"
-    if machine == "microvm" and console is Console.NONE:
+    if machine == "microvm" and console is not Console.STDIO:
         options += ",isa-serial=off"
     # Like crosvm's `--nested off`: no virtualisation inside the guest.
     cpu = "host,vmx=off,svm=off" if kvm else "max,vmx=off,svm=off"
@@ -127,9 +125,15 @@ def _machine_args(vm: VmShape, machine: str, console: Console, *, kvm: bool) -> 
     ]
 
 
-def _plan_append(vm: VmShape, leases: Leases, console: Console) -> str:
-    vmm_params = () if console is Console.NONE else ("console=ttyS0",)
-    return plan_kernel_params(vm, leases, console=console, vmm_params=vmm_params)
+def _console_args(console: Console, bus: str) -> list[str]:
+    if console is Console.NONE:
+        return []
+    # signal=off: Ctrl-C is the guest's.
+    stdio = ["-chardev", "stdio,id=console0,signal=off"]
+    if console is Console.STDIO:
+        return [*stdio, "-serial", "chardev:console0"]
+    # A serial port costs an exit per byte, at boot too; a virtio console one per line.
+    return [*stdio, "-device", f"virtio-serial-{bus},max_ports=1", "-device", "virtconsole,chardev=console0"]
 
 
 def _disk_args(root: Disk | None, fds: PassedFds, bus: str) -> list[str]:

@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 import stat
+import termios
 import tty
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,6 +162,10 @@ def open_terminal() -> tuple[int, int]:
     """(master, slave) of a new pseudo-terminal that changes no byte and echoes nothing."""
     master, slave = os.openpty()
     tty.setraw(slave)
+    # QEMU switches output processing (OPOST) on again: then none of it is to be left.
+    settings = termios.tcgetattr(slave)
+    settings[tty.OFLAG] = 0
+    termios.tcsetattr(slave, termios.TCSANOW, settings)
     return master, slave
 
 

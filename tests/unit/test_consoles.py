@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 def test_terminal_changes_no_byte_and_echoes_nothing() -> None:
     master, slave = consoles.open_terminal()
     try:
+        settings = termios.tcgetattr(slave)
+        settings[1] |= termios.OPOST  # as QEMU does
+        termios.tcsetattr(slave, termios.TCSANOW, settings)
         os.write(slave, b"one\r\ntwo\x03\n")
         assert os.read(master, 100) == b"one\r\ntwo\x03\n"
         os.write(master, b"typed\n")

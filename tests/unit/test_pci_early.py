@@ -72,6 +72,25 @@ def test_at_boot_a_device_is_claimed_before_any_driver_has_it(tmp_path: Path) ->
     assert tree.snapshot()[NIC] == ("vfio-pci", "vfio-pci")
 
 
+@pytest.mark.parametrize(
+    ("line", "driver"),
+    [
+        ("quiet vmsilo.pci=off ro", ""),
+        ("vmsilo.pci=on vmsilo.pci=off", ""),
+        ("vmsilo.pci=off vmsilo.pci=on", "vfio-pci"),
+        ("quiet xvmsilo.pci=off vmsilo.pci", "vfio-pci"),
+    ],
+)
+def test_the_kernels_command_line_switches_it_off(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, driver: str
+) -> None:
+    tree = lone_nic(tmp_path, driver="")
+    tree.put("proc/cmdline", f"BOOT_IMAGE=/vmlinuz {line}\n")
+    assert isolate((NIC,), tree.roots) == []
+    assert tree.snapshot()[NIC] == (driver, driver)
+    assert ("vmsilo.pci=off" in capsys.readouterr().err) == (not driver)
+
+
 @pytest.mark.parametrize("group", [None, 2])
 def test_without_iommu_or_vfio_it_is_kept_from_the_hosts_driver(tmp_path: Path, group: int | None) -> None:
     tree = PciTree(tmp_path, Spec(NIC, wants="e1000e", group=group), vfio=False)
@@ -105,14 +124,24 @@ def test_an_initramfs_has_a_rule_and_an_order_of_modules(
     initramfs.write_initramfs((NIC,), tmp_path / "tree", "6.12", tree.roots, tmp_path / "stamps")
     rules = (tmp_path / "tree/etc/udev/rules.d/40-vmsilo-pci.rules").read_text().splitlines()
     assert rules[1:] == [
-        f'ACTION=="add", SUBSYSTEM=="pci", TEST=="[pci/{NIC}]driver_override", '
-        f'ATTR{{[pci/{NIC}]driver_override}}="vfio-pci"'
+        'ACTION=="add", SUBSYSTEM=="pci", IMPORT{cmdline}="vmsilo.pci"',
+        f'ACTION=="add", SUBSYSTEM=="pci", ENV{{vmsilo.pci}}!="off", TEST=="[pci/{NIC}]driver_override", '
+        f'ATTR{{[pci/{NIC}]vendor}}=="0x8086", ATTR{{[pci/{NIC}]device}}=="0x10d3", '
+        f'ATTR{{[pci/{NIC}]driver_override}}="vfio-pci"',
     ]
     order = (tmp_path / "tree/etc/modprobe.d/vmsilo-pci.conf").read_text().splitlines()
     assert order[1:] == ["softdep e1000e pre: vfio-pci"]
     initramfs.write_initramfs((), tmp_path / "none", "6.12", tree.roots, tmp_path / "stamps")
     assert not (tmp_path / "none").exists()
     assert not (tmp_path / "stamps/6.12").exists()
+
+
+def test_a_device_that_is_not_there_has_neither_rule_nor_stamp(tmp_path: Path) -> None:
+    tree = lone_nic(tmp_path / "host")
+    absent = "0000:0f:00.0"
+    initramfs.write_initramfs((absent, NIC), tmp_path / "tree", "6.12", tree.roots, tmp_path / "stamps")
+    assert absent not in (tmp_path / "tree/etc/udev/rules.d/40-vmsilo-pci.rules").read_text()
+    assert (tmp_path / "stamps/6.12").read_text() == f"{NIC}\n"
 
 
 def test_a_stale_initramfs_is_noticed(tmp_path: Path) -> None:

@@ -134,6 +134,27 @@ def test_a_start_that_was_cut_off_is_undone_by_the_next_vmsilod(tmp_path: Path, 
     assert not load_state(file, tmp_path / "proc/sys/kernel/random/boot_id").held
 
 
+def test_the_end_of_a_run_whose_claim_was_cut_off_undoes_the_claim(tmp_path: Path) -> None:
+    """No guest has had the device: it goes to the host's driver again, and nobody resets it below that."""
+    tree = lone_nic(tmp_path)
+    before = tree.snapshot()
+    file = tmp_path / "state/devices/pci.json"
+    saved: list[bytes] = []
+
+    def write(path: Path, text: str) -> None:
+        if saved:
+            raise OSError(errno.EIO, "this vmsilod is dead")
+        tree.write(path, text)
+        saved.append(file.read_bytes())
+
+    with contextlib.suppress(VmsiloError):
+        Ledger(dataclasses.replace(tree.roots, write=write), file).start(Wanted("sys-net", UID, (NIC,)))
+    file.write_bytes(saved[0])
+    ledger_of(tree).end("sys-net")
+    assert tree.snapshot() == before
+    assert not [name for name, _ in tree.writes if name.endswith("/reset")]
+
+
 def test_what_an_ended_run_had_is_taken_back_by_the_next_vmsilod(tmp_path: Path) -> None:
     tree = lone_nic(tmp_path)
     start(tree)
@@ -195,14 +216,20 @@ def test_what_only_its_bus_can_reset_is_tainted_where_the_kernel_cannot_be_asked
     assert view(ledger).state == "claimed"
 
 
-def test_a_device_that_was_pulled_out_is_forgotten(tmp_path: Path) -> None:
+def test_a_device_that_was_pulled_out_is_tainted(tmp_path: Path) -> None:
     tree = lone_nic(tmp_path)
     ledger = start(tree)
-    (tmp_path / "sys/bus/pci/devices" / NIC).unlink()
+    link = tmp_path / "sys/bus/pci/devices" / NIC
+    link.unlink()
     tree.node(2).unlink()
     ledger.end("sys-net")
     with pytest.raises(Refused, match="there is no PCI device"):
         ledger.start(Wanted("sys-net", UID, (NIC,)))
+    link.symlink_to(tree.device(NIC))
+    tree.node(2).touch()
+    assert (view(ledger).state, view(ledger).vm) == ("tainted", "sys-net")
+    with pytest.raises(Refused, match="it vanished, so it could not be reset"):
+        ledger.start(Wanted("banking", UID, (NIC,)))
 
 
 def test_isolation_takes_what_is_free_and_tells_of_the_rest(

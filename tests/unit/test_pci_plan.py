@@ -80,10 +80,21 @@ def test_a_shared_group_is_refused_with_every_name(tmp_path: Path) -> None:
     assert "whole group" in error.hint
 
 
-@pytest.mark.parametrize("driver", ["", "vfio-pci", "pci-stub"])
+@pytest.mark.parametrize("driver", ["", "pci-stub"])
 def test_a_group_without_host_drivers_is_fine(tmp_path: Path, driver: str) -> None:
     both = [Spec(f"0000:03:00.{n}", ids="8086:1533", group=7, driver=driver) for n in (0, 1)]
     assert GiveGroup(7, UID) in plan(PciTree(tmp_path, *both), "0000:03:00.0")
+
+
+def test_a_mate_that_vfio_has_must_be_the_same_vms(tmp_path: Path) -> None:
+    """The group's node opens it as well, so that a guest's VMM could take it without being given it."""
+    both = [Spec(f"0000:03:00.{n}", ids="8086:1533", group=7, driver="vfio-pci") for n in (0, 1)]
+    tree = PciTree(tmp_path, *both)
+    for known in (Known(), Known(tainted={"0000:03:00.1": ("sys-net", "its reset failed")})):
+        error = refusal(tree, "0000:03:00.0", known=known)
+        assert "shares IOMMU group 7 with 0000:03:00.1 (" in error.message
+        assert "list it in pci_devices too, or release it" in error.hint
+    assert GiveGroup(7, UID) in plan(tree, "0000:03:00.0", "0000:03:00.1")
 
 
 def test_a_nic_with_two_functions_needs_both(tmp_path: Path) -> None:
@@ -192,7 +203,9 @@ def test_a_disk_with_a_mounted_file_system(tmp_path: Path, mountinfo: str, fact:
     tree.add_block("nvme0n1", "0000:04:00.0", number="259:0")
     tree.add_block("nvme0n1p2", "0000:04:00.0", number="259:2")
     tree.put("proc/1/mountinfo", mountinfo)
-    assert refusal(tree, "0000:04:00.0").message.endswith(f"is in use by this host: {fact}")
+    error = refusal(tree, "0000:04:00.0")
+    assert error.message.endswith(f"is in use by this host: {fact}")
+    assert error.hint == "free it first"
 
 
 def test_a_disk_with_swap_or_below_a_mapping(tmp_path: Path) -> None:
@@ -227,7 +240,9 @@ def test_the_link_with_the_default_route(tmp_path: Path) -> None:
     tree.add_link("enp1s0", NIC)
     tree.add_link("enp0s31", "0000:00:1f.3")
     tree.add_default_route("enp1s0")
-    assert refusal(tree, NIC).message.endswith("is in use by this host: enp1s0 has the default route")
+    error = refusal(tree, NIC)
+    assert error.message.endswith("is in use by this host: enp1s0 has the default route")
+    assert error.hint == "free it first"
 
 
 def test_the_default_route_over_a_bridge_or_by_ipv6(tmp_path: Path) -> None:
@@ -267,7 +282,9 @@ def test_a_link_beside_another_can_be_taken(tmp_path: Path) -> None:
 )
 def test_the_gpu_of_the_console(tmp_path: Path, extra: dict[str, str], fact: str) -> None:
     card = Spec("0000:05:00.0", "030000", "1002:73bf", driver="amdgpu", group=3, extra=extra)
-    assert fact in refusal(PciTree(tmp_path, card), "0000:05:00.0").message
+    error = refusal(PciTree(tmp_path, card), "0000:05:00.0")
+    assert fact in error.message
+    assert "isolated_pci_devices" in error.hint
 
 
 def test_a_gpu_that_was_isolated_at_boot_is_nobodys_console(tmp_path: Path) -> None:
@@ -321,6 +338,15 @@ def test_giving_back(tmp_path: Path) -> None:
     with pytest.raises(DeviceBusy, match="tainted: VM 'a' had it, and x") as caught:
         plan_give_back(topology, Known(tainted={NIC: ("a", "x")}), NIC)
     assert "next boot" in caught.value.hint
+
+
+def test_nothing_of_a_group_that_a_vm_has_a_part_of_is_given_back(tmp_path: Path) -> None:
+    both = [Spec(f"0000:03:00.{n}", group=7, driver="vfio-pci") for n in (0, 1)]
+    topology = read_topology(PciTree(tmp_path, *both).roots)
+    with pytest.raises(DeviceBusy, match=r"with 0000:03:00\.1 .* used by VM 'a'") as caught:
+        plan_give_back(topology, Known(held={"0000:03:00.1": "a"}), "0000:03:00.0")
+    assert caught.value.hint == "vm-stop a"
+    assert plan_give_back(topology, Known(), "0000:03:00.0")
 
 
 def test_at_boot_a_device_without_a_driver_is_kept_from_the_hosts_even_without_iommu(tmp_path: Path) -> None:

@@ -16,11 +16,13 @@ from vmsilod.pci.address import parse_address
 from vmsilod.pci.ledger import Ledger, PciView
 from vmsilod.pci.plan import Refused, Wanted
 from vmsilod.pci.roots import Roots
+from vmsilod.pci.state import STATE_FILE
 from vmsilod.pci.topology import VFIO_DRIVER
 from vmsilod.waiting import Lock
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
+    from pathlib import Path
 
 log = logging.getLogger(__name__)
 
@@ -30,10 +32,15 @@ DRIVER_UNIT = "modprobe@vfio_pci.service"
 class PciClaims:
     """`start_unit` starts a unit of systemd's and returns the job's result: vmsilod may load no module."""
 
-    def __init__(self, start_unit: Callable[[str], Awaitable[str]], roots: Roots | None = None) -> None:
+    def __init__(
+        self,
+        start_unit: Callable[[str], Awaitable[str]],
+        roots: Roots | None = None,
+        file: Path = STATE_FILE,
+    ) -> None:
         self._start_unit = start_unit
         self._roots = roots or Roots()
-        self._ledger = Ledger(self._roots)
+        self._ledger = Ledger(self._roots, file)
         self._isolated: tuple[str, ...] = ()
         self._lock = Lock()
 
@@ -50,7 +57,11 @@ class PciClaims:
             await loop.in_worker(self._ledger.start, wanted)
 
     async def end(self, vm: str) -> None:
-        """Never fails: what cannot be taken back counts as used until the next vmsilod tries again."""
+        """Never fails: what cannot be taken back counts as used until the next vmsilod tries again. A VM
+        without devices waits for nobody's.
+        """
+        if not self._ledger.holds(vm):
+            return
         async with self._lock:
             try:
                 await loop.in_worker(self._ledger.end, vm)
@@ -71,8 +82,12 @@ class PciClaims:
             await loop.in_worker(self._ledger.isolate, self._isolated)
 
     async def repair(self, running: Iterable[str]) -> None:
+        """Never fails, so that vmsilod starts."""
         async with self._lock:
-            await loop.in_worker(self._ledger.repair, tuple(running))
+            try:
+                await loop.in_worker(self._ledger.repair, tuple(running))
+            except VmsiloError as error:
+                log.error("the PCI devices of ended VMs are not all taken back: %s", error)
 
     async def find_views(self) -> list[PciView]:
         async with self._lock:

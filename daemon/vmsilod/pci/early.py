@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 from vmsilod.errors import VmsiloError
 from vmsilod.pci.address import parse_address
 from vmsilod.pci.binding import execute
-from vmsilod.pci.initramfs import write_initramfs
+from vmsilod.pci.initramfs import PARAMETER, write_initramfs
 from vmsilod.pci.plan import plan_isolation
 from vmsilod.pci.roots import Roots
-from vmsilod.pci.topology import read_topology
+from vmsilod.pci.topology import read_text, read_topology
 from vmsilod.pci.usage import find_usage
 
 if TYPE_CHECKING:
@@ -57,8 +57,17 @@ def read_isolated(roots: Sequence[Path] = CONFIG_ROOTS) -> tuple[list[str], list
     return list(dict.fromkeys(addresses)), problems
 
 
+def is_switched_off(roots: Roots) -> bool:
+    """By the kernel's command line; the last word on it counts, as for udev."""
+    words = [word.partition("=") for word in read_text(roots.proc / "cmdline").split()]
+    return [value for key, _, value in words if key == PARAMETER][-1:] == ["off"]
+
+
 def isolate(addresses: Sequence[str], roots: Roots) -> list[str]:
     """Each as far as it goes; what went wrong."""
+    if is_switched_off(roots):
+        print(f"vmsilo-pci-claim: no device is isolated, as {PARAMETER}=off says", file=sys.stderr)
+        return []
     problems = []
     for address in addresses:
         topology = read_topology(roots)

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vmsilod.errors import Failed
+from vmsilod.pci.topology import read_topology
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from vmsilod.pci.roots import Roots
 
@@ -26,18 +27,40 @@ HOOKS = (
 RULES = "etc/udev/rules.d/40-vmsilo-pci.rules"
 MODPROBE = "etc/modprobe.d/vmsilo-pci.conf"
 MODPROBE_SECONDS = 10
+PARAMETER = "vmsilo.pci"  # of the kernel; "off" leaves all devices to the host's drivers
 
 
-def render_rules(addresses: Sequence[str]) -> str:
+def render_rules(models: Mapping[str, tuple[str, str]]) -> str:
     """Every event of a PCI device sets all of them: one driver's module serves many devices, and the event
     that loads it may come before that of the isolated one. udev loads modules after it has set attributes.
+
+    `models`: address -> (vendor, device). Another device that got the address since is left alone. The
+    parameter is imported by a rule of its own, because IMPORT matches only where it is given.
     """
     lines = [
-        f'ACTION=="add", SUBSYSTEM=="pci", TEST=="[pci/{address}]driver_override", '
+        f'ACTION=="add", SUBSYSTEM=="pci", ENV{{{PARAMETER}}}!="off", '
+        f'TEST=="[pci/{address}]driver_override", '
+        f'ATTR{{[pci/{address}]vendor}}=="0x{vendor}", ATTR{{[pci/{address}]device}}=="0x{device}", '
         f'ATTR{{[pci/{address}]driver_override}}="vfio-pci"\n'
-        for address in addresses
+        for address, (vendor, device) in models.items()
     ]
-    return "".join(["# Isolated PCI devices, when this initramfs was built.\n", *lines])
+    return "".join(
+        [
+            "# Isolated PCI devices, when this initramfs was built.\n",
+            f'ACTION=="add", SUBSYSTEM=="pci", IMPORT{{cmdline}}="{PARAMETER}"\n',
+            *lines,
+        ]
+    )
+
+
+def find_models(addresses: Sequence[str], roots: Roots) -> dict[str, tuple[str, str]]:
+    """Of the devices that are there."""
+    functions = read_topology(roots).functions
+    return {
+        address: (functions[address].vendor, functions[address].device)
+        for address in addresses
+        if address in functions
+    }
 
 
 def render_modprobe(modules: Sequence[str]) -> str:
@@ -65,8 +88,11 @@ def find_modules(addresses: Sequence[str], roots: Roots) -> list[str]:
 def write_initramfs(
     addresses: Sequence[str], folder: Path, kernel: str, roots: Roots, stamps: Path = STAMPS
 ) -> None:
-    """Into an initramfs under construction for the kernel release `kernel`."""
-    files = {RULES: render_rules(addresses), MODPROBE: render_modprobe(find_modules(addresses, roots))}
+    """Into an initramfs under construction for the kernel release `kernel`. The stamp has what a rule is
+    for: a device that is not there now has none.
+    """
+    models = find_models(addresses, roots)
+    files = {RULES: render_rules(models), MODPROBE: render_modprobe(find_modules(addresses, roots))}
     try:
         for name, text in files.items() if addresses else ():
             path = folder / name
@@ -74,7 +100,7 @@ def write_initramfs(
             path.write_text(text)
     except OSError as error:
         raise Failed(f"cannot write into the initramfs at {folder}: {error.strerror}") from error
-    write_stamp(addresses, kernel, stamps)
+    write_stamp(tuple(models), kernel, stamps)
 
 
 def write_stamp(addresses: Sequence[str], kernel: str, stamps: Path = STAMPS) -> None:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+VANISHED = "it vanished, so it could not be reset"
+
 
 @dataclass(frozen=True)
 class PciView:
@@ -81,7 +83,10 @@ class Ledger:
             raise
 
     def end(self, vm: str) -> None:
-        """The VM's run is over: no uid may open its groups, and each device is reset or tainted."""
+        """The VM's run is over: no uid may open its groups, and each device is reset or tainted. What was
+        broken off is undone first, since no guest has had that.
+        """
+        self._undo_pending()
         held = [address for address, holder in self._state.held.items() if holder == vm]
         if not held:
             return
@@ -97,6 +102,9 @@ class Ledger:
             else:
                 self._state.tainted.pop(function.address, None)
         for address in held:
+            if address not in topology.functions:
+                log.warning("%s is tainted: VM %s had it, and %s", address, vm, VANISHED)
+                self._state.tainted[address] = (vm, VANISHED)
             del self._state.held[address]
         self._save()
 
@@ -130,17 +138,13 @@ class Ledger:
 
     def repair(self, running: Iterable[str]) -> None:
         """At vmsilod's start: undo claims that were broken off, take back what ended runs had."""
-        topology = read_topology(self._roots)
-        for address, (driver, override) in list(self._state.pending.items()):
-            self._state.held.pop(address, None)
-            function = topology.functions.get(address)
-            if function is not None:
-                log.info("%s: undoing a claim that was broken off", function.shown)
-                self._undo(function, driver, override)
-            del self._state.pending[address]
-        self._save()
+        self._undo_pending()
         for vm in set(self._state.held.values()) - set(running):
             self.end(vm)
+
+    def holds(self, vm: str) -> bool:
+        """Does not block."""
+        return vm in tuple(self._state.held.values())
 
     def find_views(self, isolated: Sequence[str]) -> list[PciView]:
         topology = read_topology(self._roots)
@@ -165,6 +169,19 @@ class Ledger:
                 self._state.origin[function.address] = function.driver
             for warning in usage.warnings.get(function.address, ()):
                 log.warning("%s is with vfio-pci now, and %s", function.shown, warning)
+        self._save()
+
+    def _undo_pending(self) -> None:
+        if not self._state.pending:
+            return
+        topology = read_topology(self._roots)
+        for address, (driver, override) in list(self._state.pending.items()):
+            self._state.held.pop(address, None)
+            function = topology.functions.get(address)
+            if function is not None:
+                log.info("%s: undoing a claim that was broken off", function.shown)
+                self._undo(function, driver, override)
+            del self._state.pending[address]
         self._save()
 
     def _undo(self, function: Function, driver: str, override: str) -> None:

@@ -147,6 +147,13 @@ def plan_give_back(topology: Topology, known: Known, address: str) -> list[Opera
             f"{function.shown} is tainted: VM '{taint[0]}' had it, and {taint[1]}",
             "it goes back to the host at the next boot",
         )
+    for other in topology.find_group(function.group):
+        if holder := known.held.get(other.address):
+            raise DeviceBusy(
+                f"{function.shown} shares IOMMU group {function.group} with {other.shown},"
+                f" which is used by VM '{holder}'",
+                f"vm-stop {holder}",
+            )
     operations: list[Operation] = []
     if function.driver == VFIO_DRIVER:
         operations.append(Unbind(address, VFIO_DRIVER))
@@ -247,6 +254,14 @@ def _check_group(topology: Topology, function: Function, known: Known, wanted: W
                 f" which is used by VM '{holder}'",
                 "give the whole group to one VM",
             )
+    for other in others:
+        # Whoever may open the group's node can open each device of it that vfio-pci has.
+        if other.driver == VFIO_DRIVER:
+            raise Refused(
+                f"{function.shown} shares IOMMU group {function.group} with {other.shown},"
+                f" which VM '{wanted.vm}' could open too",
+                f"list it in pci_devices too, or release it: vmsilo pci release {other.address}",
+            )
 
 
 def _check_usage(function: Function, usage: Usage) -> None:
@@ -255,7 +270,9 @@ def _check_usage(function: Function, usage: Usage) -> None:
     if reasons := usage.reasons.get(function.address):
         raise Refused(
             f"{function.shown} is in use by this host: {'; '.join(reasons)}",
-            "free it first, or name it in isolated_pci_devices and boot anew",
+            "free it first"
+            if function.address in usage.needed
+            else "free it first, or name it in isolated_pci_devices and boot anew",
         )
 
 

@@ -27,10 +27,13 @@ KEYS_OF_A_KEYBOARD = 0xFFFF_FFFE  # KEY_ESC to KEY_S: what udev takes a keyboard
 
 @dataclass(frozen=True)
 class Usage:
-    """`reasons`: address -> why the host cannot do without it; `warnings`: what it would miss."""
+    """`reasons`: address -> why the host cannot do without it; `warnings`: what it would miss. `needed`: the
+    host's disks and network, which it would miss as much if they were kept from it at boot.
+    """
 
     reasons: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     warnings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    needed: frozenset[str] = frozenset()
 
 
 def find_usage(roots: Roots, topology: Topology) -> Usage:
@@ -38,6 +41,7 @@ def find_usage(roots: Roots, topology: Topology) -> Usage:
     for find in (_find_disks, _find_network):
         for address, reason in find(roots):
             reasons.setdefault(address, []).append(reason)
+    needed = frozenset(reasons)
     for function in topology.functions.values():
         found = [*_find_screens(roots, function)]
         if function.virtual_functions:
@@ -45,7 +49,8 @@ def find_usage(roots: Roots, topology: Topology) -> Usage:
         if found:
             reasons.setdefault(function.address, []).extend(found)
     warnings = dict.fromkeys(_find_keyboards(roots), ("has the only keyboard of this host",))
-    return Usage({address: tuple(dict.fromkeys(found)) for address, found in reasons.items()}, warnings)
+    told = {address: tuple(dict.fromkeys(found)) for address, found in reasons.items()}
+    return Usage(told, warnings, needed)
 
 
 def _find_disks(roots: Roots) -> Iterator[tuple[str, str]]:

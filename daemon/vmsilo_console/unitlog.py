@@ -12,7 +12,7 @@ import os
 import socket
 import time
 
-from vmsilo_relay.journal import ERROR, WARNING
+from vmsilo_relay.journal import ERROR, INFO
 
 from vmsilo_console.plaintext import RAW_MAX, clean_line
 
@@ -117,7 +117,7 @@ class UnitLog:
             return False
         except OSError as error:
             self._context.journal.log(
-                WARNING,
+                INFO,
                 self._name,
                 f"the unit's log writer is gone, using our own: {error.strerror}",
             )

@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 import stat
+import termios
 import tty
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,9 +159,15 @@ def console_of(vm: Vm, terminals: Sequence[int]) -> Console:
 
 
 def open_terminal() -> tuple[int, int]:
-    """(master, slave) of a new pseudo-terminal that changes no byte and echoes nothing."""
+    """(master, slave) of a new pseudo-terminal that changes no byte and echoes nothing.
+
+    QEMU turns OPOST on where its standard output is a terminal: then no other output flag may be left.
+    """
     master, slave = os.openpty()
     tty.setraw(slave)
+    attributes = termios.tcgetattr(slave)
+    attributes[1] = 0  # c_oflag
+    termios.tcsetattr(slave, termios.TCSANOW, attributes)
     return master, slave
 
 

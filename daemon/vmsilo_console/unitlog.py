@@ -12,7 +12,7 @@ import os
 import socket
 import time
 
-from vmsilo_relay.journal import ERROR, WARNING
+from vmsilo_relay.journal import ERROR, INFO
 
 from vmsilo_console.plaintext import RAW_MAX, clean_line
 

@@ -116,11 +116,9 @@ class UnitLog:
         except BlockingIOError:
             return False
         except OSError as error:
-            self._context.journal.log(
-                WARNING,
-                self._name,
-                f"the unit's log writer is gone, using our own: {error.strerror}",
-            )
+            # Most often because the whole unit was killed, and the console's end is not seen yet.
+            text = f"the unit's log writer is gone, using our own: {error.strerror}"
+            self._context.journal.log(INFO, self._name, text)
             self.abandon()
             return self._write(line)
         return True

@@ -196,7 +196,7 @@ class Attachment:
         elif kind == WRITER:
             self._change_writer(parse(payload))
         elif kind == LOST:
-            self._say(f"{parse(payload).get('lost', 'some')} bytes of the console were lost here")
+            self._mark(f"{parse(payload).get('lost', 'some')} bytes of the console were lost here")
 
     def _attach(self, state: "dict[str, Any]") -> None:
         self._attached = True
@@ -305,6 +305,13 @@ class Attachment:
     def _say(self, text: str) -> None:
         end = "\n" if self._raw is None else "\r\n"
         write_stderr(f"{PROGRAM}: {text}{end}")
+
+    def _mark(self, text: str) -> None:
+        """At its place in the output, and without waiting for a terminal that nobody reads."""
+        if self._raw is None:
+            self._say(text)
+        else:
+            self._output.put(f"\r\n{PROGRAM}: {text}\r\n".encode())
 
     def _leave_terminal(self) -> None:
         raw, self._raw = self._raw, None

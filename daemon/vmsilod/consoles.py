@@ -159,15 +159,13 @@ def console_of(vm: Vm, terminals: Sequence[int]) -> Console:
 
 
 def open_terminal() -> tuple[int, int]:
-    """(master, slave) of a new pseudo-terminal that changes no byte and echoes nothing.
-
-    QEMU turns OPOST on where its standard output is a terminal: then no other output flag may be left.
-    """
+    """(master, slave) of a new pseudo-terminal that changes no byte and echoes nothing."""
     master, slave = os.openpty()
     tty.setraw(slave)
-    attributes = termios.tcgetattr(slave)
-    attributes[1] = 0  # c_oflag
-    termios.tcsetattr(slave, termios.TCSANOW, attributes)
+    # QEMU switches output processing (OPOST) on again: then none of it is to be left.
+    settings = termios.tcgetattr(slave)
+    settings[tty.OFLAG] = 0
+    termios.tcsetattr(slave, termios.TCSANOW, settings)
     return master, slave
 
 

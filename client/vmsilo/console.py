@@ -160,7 +160,7 @@ class Attachment:
         if self._size is not None:
             if self._size.fd >= 0:
                 poll.register(self._size.fd, select.POLLIN)
-            if self._size.deadline is not None:
+            if self._size.deadline is not None and not self._output.pending:
                 deadlines.append(self._size.deadline)
         timeout = max(min(deadlines) - time.monotonic(), 0) * 1000 + 1 if deadlines else None
         return {fd for fd, _events in poll.poll(timeout)}
@@ -299,7 +299,9 @@ class Attachment:
     def _serve_size(self, size: ConsoleSize, ready: set[int]) -> None:
         if size.fd in ready:
             size.on_input()
-        if size.deadline is not None and time.monotonic() >= size.deadline:
+        # Not while what consoled says may wait unread: the VM may have stopped, and asking would start it.
+        held = self._reason or self._output.pending or self._socket.fileno() in ready
+        if size.deadline is not None and not held and time.monotonic() >= size.deadline:
             size.on_time()
 
     def _say(self, text: str) -> None:

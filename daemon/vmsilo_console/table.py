@@ -66,7 +66,7 @@ class Consoles:
             sock.detach()
             raise
         self._notifier.store(f"{LISTENER}-{name}", fd)
-        if console.owner not in (None, owner) and not console.running:
+        if console.owner != owner and not console.running:
             console.ring = None
             self._store_or_drop(RING, name, None)
         console.listen(sock, owner)
@@ -145,6 +145,7 @@ class Consoles:
         """Takes out of `found` what is of use."""
         console = self._find_or_add(state.name)
         console.generation = state.generation
+        console.owner = state.owner
         if state.owner is not None and LISTENER in found:
             try:
                 sock = open_listener(found[LISTENER])

@@ -64,7 +64,7 @@ class Consoles:
         names = ["master", "journal"][: len(fds)]
         request = {"op": "open", "name": name, "generation": generation, "fds": names}
         try:
-            await loop.with_deadline(self._orders.ask(request, fds), OPEN_SECONDS)
+            await loop.with_deadline(self._orders.order(request, fds), OPEN_SECONDS)
             return [slave, os.dup(slave)]
         except (VmsiloError, TimeoutError) as error:
             log.warning("VM %s runs without a console: %s", name, error)
@@ -99,7 +99,7 @@ class Consoles:
             self._agreeing = False
 
     async def _agree_once(self) -> None:
-        answer, _ = await self._orders.ask({"op": "list"})
+        answer = await self._orders.order({"op": "list"})
         known = {entry["name"]: entry for entry in answer["vms"]}
         for vm in list(self._registry):
             entry = known.pop(vm.name, None)
@@ -132,7 +132,7 @@ class Consoles:
     async def _tell(self, request: dict[str, Any], fds: Sequence[int] = ()) -> None:
         """An order that the next agreement repeats when it is lost."""
         try:
-            await self._orders.ask(request, fds)
+            await self._orders.order(request, fds)
         except VmsiloError as error:
             log.info("VM %s: consoled did not take %s: %s", request["name"], request["op"], error)
 

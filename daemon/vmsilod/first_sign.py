@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from typing import TYPE_CHECKING
 
 from vmsilod.waiting import readable
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 REQUEST = b'{"execute": "qmp_capabilities"}\n{"execute": "query-status"}\n'
 ANSWERS = 2
 MAX_BYTES = 64 * 1024
-SECONDS = 60.0  # without a word from QEMU; one that takes longer to begin is a stuck one
+SECONDS = 60.0  # in all; a QEMU that takes longer to begin is a stuck one
 
 
 async def await_main_loop(monitor: Path) -> bool:
@@ -31,21 +33,25 @@ async def await_main_loop(monitor: Path) -> bool:
             # A listening stream socket takes a connection and a few bytes before anybody accepts.
             sock.connect(str(monitor))
             sock.sendall(REQUEST)
-            while count_answers(received) < ANSWERS:
-                if len(received) > MAX_BYTES or not await readable(sock.fileno(), SECONDS):
+            deadline = time.monotonic() + SECONDS
+            found = 0
+            while found < ANSWERS:
+                left = deadline - time.monotonic()
+                if len(received) > MAX_BYTES or left <= 0 or not await readable(sock.fileno(), left):
                     return False
                 data = sock.recv(4096)
                 if not data:
                     return False
-                received += data
+                *lines, received = (received + data).split(b"\n")
+                found += count_answers(lines)
         except OSError:
             return False  # it has ended, which its unit tells
     return True
 
 
-def count_answers(untrusted_received: bytes) -> int:
+def count_answers(untrusted_lines: Sequence[bytes]) -> int:
     found = 0
-    for line in untrusted_received.split(b"\n")[:-1]:
+    for line in untrusted_lines:
         try:
             message = json.loads(line)
         except (ValueError, RecursionError):

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from vmsilod import loop, ssh_login
 from vmsilod.bus.views import Reloaded, VmRemoved, printable
-from vmsilod.errors import Busy, ConfigBroken, Failed, NotRunning, StartFailed, Timeout, VmsiloError
+from vmsilod.errors import Busy, ConfigBroken, Denied, Failed, NotRunning, StartFailed, Timeout, VmsiloError
+from vmsilod.host import find_uid
 from vmsilod.memory import read_memory, resize_memory
 from vmsilod.spawning import send_frame, spawn_frame
 from vmsilod.systemd import INACTIVE
@@ -133,6 +134,7 @@ class Lifecycle:
         vm = self._registry.require(request.name)
         frame = spawn_frame(request)
         await self._bring_up(vm, may_start=request.start)
+        refuse_new_owner(vm, request.uid)
         fd = await self._runs.relay.connect(vm.name, "root" if request.root else "user")
         try:
             await loop.in_worker(send_frame, fd, frame)
@@ -151,6 +153,7 @@ class Lifecycle:
         """What a login by ssh needs: connection and private key (descriptors), the login, the host key."""
         vm = self._registry.require(request.name)
         await self._bring_up(vm, may_start=request.start)
+        refuse_new_owner(vm, request.uid)
         return await ssh_login.open_login(vm, request, self._runs.relay)
 
     async def _bring_up(self, vm: Vm, *, may_start: bool) -> None:
@@ -336,3 +339,12 @@ class Lifecycle:
             if unit.startswith("vmsilo-") and unit.endswith(suffix):
                 return self._registry.find(unit.removeprefix("vmsilo-").removesuffix(suffix))
         return None
+
+
+def refuse_new_owner(vm: Vm, uid: int) -> None:
+    """polkit's rule names the owner of today; what runs in the VM belongs to the one it was started for."""
+    started = vm.started
+    if started is None or (vm.config is not None and vm.config.user == started.user):
+        return
+    if uid not in (0, find_uid(started.user)):
+        raise Denied(f"VM '{vm.name}' still runs for the user '{started.user}'", f"vm-stop {vm.name}")

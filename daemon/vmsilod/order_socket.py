@@ -75,6 +75,13 @@ class OrderSocket:
         self._closed = True
         self._drop()
 
+    async def order(self, request: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
+        """The answer to an order that brings no descriptor."""
+        answer, unasked = await self.ask(request, fds)
+        for fd in unasked:
+            os.close(fd)
+        return answer
+
     async def ask(self, request: dict[str, Any], fds: Sequence[int] = ()) -> Answer:
         if self._sock is None:
             raise Failed(f"{self._program} is not reachable", f"systemctl status {self._program}")
@@ -111,23 +118,34 @@ class OrderSocket:
                     log.info("%s closed the connection; connecting again", self._program)
                     loop.call_later(0, self._reopen)
                 return
-            self._take(json.loads(data), fds)
+            try:
+                self._take(json.loads(data), fds)
+            except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+                log.error("%s says what cannot be read (%r); connecting again", self._program, error)
+                self._drop()
+                loop.call_later(RECONNECT_SECONDS, self._reopen)
+            finally:
+                for fd in fds:
+                    os.close(fd)
 
     def _take(self, message: dict[str, Any], fds: list[int]) -> None:
-        future = self._waiting.pop(message.get("id", -1), None)
+        """Takes out of `fds` what somebody waits for."""
+        number = message.get("id", -1)
+        future = self._waiting.get(number)
         if future is None:
-            for fd in fds:
-                os.close(fd)
             if "event" in message:
                 self._on_event(message)
             return
-        if "error" in message:
-            error = message["error"]
-            future.set_exception(
-                VmsiloError.from_code(error["code"], error["message"], error.get("hint", ""))
-            )
+        error = message.get("error")
+        failure = (
+            VmsiloError.from_code(error["code"], error["message"], error.get("hint", "")) if error else None
+        )
+        del self._waiting[number]
+        if failure is not None:
+            future.set_exception(failure)
         else:
-            future.set_result((message, fds))
+            future.set_result((message, list(fds)))
+            fds.clear()
 
     def _reopen(self) -> None:
         if not self._closed and self._sock is None:

@@ -49,6 +49,7 @@ class Request:
     opens_as: Account | None = None
     vhost_user: tuple[str, ...] = ()
     ssh: bool = False
+    owner: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def acquire(request: Request) -> Acquired:
         root_fd = keep(image.open_file(files.root, writable=not request.root_readonly))
         plain_kernel = request.boot.kernel is not None and files.initrd is None
         shelf = directory if request.opens_as is not None else None
-        ssh = ssh_keys.prepare_keys(request.name, files.login) if request.ssh else None
+        ssh = ssh_keys.prepare_keys(request.name, files.login, request.owner) if request.ssh else None
         initrd_fd = None if plain_kernel else keep(image.make_initrd(files.initrd, secret, ssh, shelf))
         monitor_fd = keep(rundir.bind_listener(directory / "monitor.sock", request.monitor_kind, 0o600))
         vhost_user_fds = [keep(fd) for fd in _open_vhost_user(request)]

@@ -32,19 +32,19 @@ class RelayClient:
         self.open = self._orders.open
         self.close = self._orders.close
         self._ask = self._orders.ask
+        self._order = self._orders.order
 
     async def add(self, registration: dict[str, Any], fds: Sequence[int]) -> None:
-        await self._ask({"op": "add", **registration}, fds)
+        await self._order({"op": "add", **registration}, fds)
 
     async def listen_vsock(self, listener: int) -> None:
-        await self._ask({"op": "listen-vsock"}, [listener])
+        await self._order({"op": "listen-vsock"}, [listener])
 
     async def remove(self, name: str, generation: str) -> None:
-        await self._ask({"op": "remove", "name": name, "generation": generation})
+        await self._order({"op": "remove", "name": name, "generation": generation})
 
     async def find_vms(self) -> dict[str, Any]:
-        answer, _ = await self._ask({"op": "list"})
-        return answer
+        return await self._order({"op": "list"})
 
     async def connect(self, name: str, role: str) -> int:
         """A descriptor connected to the guest agent, authenticated for the role; the caller owns it."""
@@ -55,7 +55,7 @@ class RelayClient:
         return take_one(await self._ask({"op": "dial", "name": name, "port": port}))
 
     async def power_off(self, name: str) -> None:
-        await self._ask({"op": "poweroff", "name": name})
+        await self._order({"op": "poweroff", "name": name})
 
 
 def take_one(answer: Answer) -> int:

@@ -145,6 +145,7 @@ class Runs:
             opens_as=Account(peer.uid, find_groups(peer.pid, peer.gid)) if driver.opens_by_path else None,
             vhost_user=tuple(device.socket for device in config.vhost_user),
             ssh=config.ssh,
+            owner=find_uid(config.user),
         )
         await self._pci.start(vm.name, peer.uid, [device.path for device in config.pci_devices])
         acquired = await loop.in_worker(preparation.acquire, request)
@@ -159,7 +160,7 @@ class Runs:
                 vm.cid_fd = os.dup(acquired.device_fd)
             if not driver.builtin_vsock:
                 await self._connect_channel(vm, acquired, peer.unit)
-            await self._register(vm, peer, acquired, listeners)
+            await self._register(vm, config, peer, acquired, listeners)
             if choice.kind is VmmKind.CROSVM and not config.root_disk_readonly:
                 await loop.in_worker(refuse_foreign_format, acquired.root_fd)
             planned = driver.plan_launch(
@@ -201,8 +202,9 @@ class Runs:
             raise StartFailed(f"the vsock device of VM '{vm.name}' did not start", f"journalctl -u {unit}")
         await loop.in_worker(preparation.await_socket, acquired.rundir / "vsock" / "vhost")
 
-    async def _register(self, vm: Vm, peer: Peer, acquired: preparation.Acquired, fds: list[int]) -> None:
-        assert vm.config is not None
+    async def _register(
+        self, vm: Vm, config: VmConfig, peer: Peer, acquired: preparation.Acquired, fds: list[int]
+    ) -> None:
         names = ["command"] if fds else []
         passed = list(fds[:1])
         if acquired.host_port_fd is not None:
@@ -214,7 +216,7 @@ class Runs:
                 "name": vm.name,
                 "generation": vm.record.invocation,
                 "secret": acquired.secret,
-                "owner": find_uid(vm.config.user),
+                "owner": find_uid(config.user),
                 "channel": acquired.channel(peer.uid),
                 "fds": names,
             },

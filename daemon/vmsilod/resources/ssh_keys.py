@@ -27,6 +27,7 @@ KEYS = ("user", "root", "host")
 KEYGEN = "ssh-keygen"
 KEYGEN_PATH = "/usr/local/bin:/usr/bin:/bin"
 KEYGEN_SECONDS = 30
+OWNER = "owner"
 KEY_MAX = 4096  # bytes; an ed25519 key has some 400
 HINT = "install openssh-client, then restart the VM"
 
@@ -40,13 +41,16 @@ class Door:
     host_key: str
 
 
-def prepare_keys(name: str, login: str, root: Path = SSH_DIR) -> SshKeys | None:
-    """What goes into the guest whose user is `login`. None, with a line in the journal, where there can be
-    no keys: a VM starts without ssh too."""
+def prepare_keys(name: str, login: str, owner: int, root: Path = SSH_DIR) -> SshKeys | None:
+    """What goes into the guest whose user is `login`, of a VM that the uid `owner` owns. None, with a line
+    in the journal, where there can be no keys: a VM starts without ssh too.
+
+    A new owner gets new keys: the old one may have kept those that he was given.
+    """
     folder = root / name
     try:
-        if not is_whole(folder):
-            make_keys(name, root)
+        if not is_whole(folder) or _read(folder / OWNER) != str(owner).encode():
+            make_keys(name, owner, root)
         return SshKeys(
             host=_read(folder / "host"),
             authorized={login: _read(folder / "user.pub"), "root": _read(folder / "root.pub")},
@@ -57,10 +61,11 @@ def prepare_keys(name: str, login: str, root: Path = SSH_DIR) -> SshKeys | None:
 
 
 def is_whole(folder: Path) -> bool:
-    return all((folder / f"{key}{suffix}").is_file() for key in KEYS for suffix in ("", ".pub"))
+    names = (OWNER, *(f"{key}{suffix}" for key in KEYS for suffix in ("", ".pub")))
+    return all((folder / name).is_file() for name in names)
 
 
-def make_keys(name: str, root: Path = SSH_DIR) -> None:
+def make_keys(name: str, owner: int, root: Path = SSH_DIR) -> None:
     """Three new keys in place of what there is. One caller at a time for each VM. Raises Failed."""
     program = shutil.which(KEYGEN, path=KEYGEN_PATH)
     if program is None:
@@ -72,6 +77,8 @@ def make_keys(name: str, root: Path = SSH_DIR) -> None:
             if old.exists():
                 shutil.rmtree(old)
         fresh.mkdir(mode=0o700)
+        (fresh / OWNER).touch(0o600)
+        (fresh / OWNER).write_text(str(owner))
         for key in KEYS:
             _generate(program, fresh / key, f"vmsilo-{name}-{key}")
         for path in (*fresh.iterdir(), fresh):

@@ -65,9 +65,7 @@ class UnitLog:
         stream, self._stream = self._stream, None
         self._tail = b""
         if stream is not None:
-            with contextlib.suppress(OSError):  # the writer is gone
-                stream.shutdown(socket.SHUT_RDWR)  # systemd's copy would keep the writer waiting
-            stream.close()
+            stream.close()  # no shutdown: a launcher that asked again has passed the same one again
 
     def _refill(self) -> None:
         now = time.monotonic()
@@ -117,8 +115,8 @@ class UnitLog:
             return False
         except OSError as error:
             # Most often because the whole unit was killed, and the console's end is not seen yet.
-            text = f"the unit's log writer is gone, using our own: {error.strerror}"
-            self._context.journal.log(INFO, self._name, text)
+            reason = f"the unit's log writer is gone, using our own: {error.strerror}"
+            self._context.journal.log(INFO, self._name, reason)
             self.abandon()
             return self._write(line)
         return True

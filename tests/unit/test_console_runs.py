@@ -95,6 +95,15 @@ def test_same_run_again_keeps_scroll_back_and_clients(host: ConsoleHost, control
     client.expect_output(b"one\ntwo\n")
 
 
+def test_same_run_again_with_the_same_journal_goes_on_with_it(host: ConsoleHost, control: Control) -> None:
+    """vmsilod died before it answered, and the launcher has passed everything anew."""
+    journal = host.journal()
+    host.open(control, journal=journal).write(b"one\n")
+    assert journal.lines(1) == [b"<6>console: one"]
+    host.open(control, journal=journal).write(b"two\n")
+    assert journal.lines(1) == [b"<6>console: two"]
+
+
 def test_forget_leaves_nothing(host: ConsoleHost, control: Control) -> None:
     terminal = host.open(control, journal=host.journal())
     client = host.attached()

@@ -170,9 +170,12 @@ def open_terminal() -> tuple[int, int]:
 
 
 def bind_fresh(path: Path, owner: int) -> int:
-    """A listening socket at `path`, in place of what is there."""
-    path.unlink(missing_ok=True)
-    return rundir.bind_listener(path, socket.SOCK_SEQPACKET, 0o600, (owner, 0))
+    """A listening socket at `path`, in place of what is there: whoever finds it there can connect."""
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.unlink(missing_ok=True)
+    listener = rundir.bind_listener(fresh, socket.SOCK_SEQPACKET, 0o600, (owner, 0))
+    fresh.rename(path)
+    return listener
 
 
 def remove_sockets(run: Path, wanted: frozenset[str]) -> None:

@@ -60,19 +60,6 @@ def test_a_run_from_begin_to_end(host: ConsoleHost, control: Control) -> None:
     assert read_history(host) == b""
 
 
-def test_a_new_owner_is_not_shown_what_ran_for_the_one_before(host: ConsoleHost, control: Control) -> None:
-    host.open(control).write(b"secret\n")
-    wait_until(lambda: read_history(host) == b"secret\n", "the output")
-    host.listen(control)  # again, for the same
-    assert read_history(host) == b"secret\n"
-    assert control.call("close", name="banking", generation="g1") == {"ok": True}
-    host.listen(control, owner=1001)
-    assert read_history(host) == b""
-    host.kill()
-    control = host.start()
-    assert read_history(host) == b""
-
-
 def test_close_ends_a_run_that_still_has_its_terminal(host: ConsoleHost, control: Control) -> None:
     terminal = host.open(control)
     terminal.write(b"text\n")
@@ -93,15 +80,6 @@ def test_same_run_again_keeps_scroll_back_and_clients(host: ConsoleHost, control
     client.expect_output(b"one\n")
     host.open(control).write(b"two\n")
     client.expect_output(b"one\ntwo\n")
-
-
-def test_same_run_again_with_the_same_journal_goes_on_with_it(host: ConsoleHost, control: Control) -> None:
-    """vmsilod died before it answered, and the launcher has passed everything anew."""
-    journal = host.journal()
-    host.open(control, journal=journal).write(b"one\n")
-    assert journal.lines(1) == [b"<6>console: one"]
-    host.open(control, journal=journal).write(b"two\n")
-    assert journal.lines(1) == [b"<6>console: two"]
 
 
 def test_forget_leaves_nothing(host: ConsoleHost, control: Control) -> None:

@@ -65,9 +65,7 @@ class UnitLog:
         stream, self._stream = self._stream, None
         self._tail = b""
         if stream is not None:
-            with contextlib.suppress(OSError):  # the writer is gone
-                stream.shutdown(socket.SHUT_RDWR)  # systemd's copy would keep the writer waiting
-            stream.close()
+            stream.close()  # no shutdown: a launcher that asked again has passed the same one again
 
     def _refill(self) -> None:
         now = time.monotonic()
@@ -116,11 +114,9 @@ class UnitLog:
         except BlockingIOError:
             return False
         except OSError as error:
-            self._context.journal.log(
-                INFO,
-                self._name,
-                f"the unit's log writer is gone, using our own: {error.strerror}",
-            )
+            # Most often because the whole unit was killed, and the console's end is not seen yet.
+            reason = f"the unit's log writer is gone, using our own: {error.strerror}"
+            self._context.journal.log(INFO, self._name, reason)
             self.abandon()
             return self._write(line)
         return True

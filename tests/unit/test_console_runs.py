@@ -60,19 +60,6 @@ def test_a_run_from_begin_to_end(host: ConsoleHost, control: Control) -> None:
     assert read_history(host) == b""
 
 
-def test_a_new_owner_is_not_shown_what_ran_for_the_one_before(host: ConsoleHost, control: Control) -> None:
-    host.open(control).write(b"secret\n")
-    wait_until(lambda: read_history(host) == b"secret\n", "the output")
-    host.listen(control)  # again, for the same
-    assert read_history(host) == b"secret\n"
-    assert control.call("close", name="banking", generation="g1") == {"ok": True}
-    host.listen(control, owner=1001)
-    assert read_history(host) == b""
-    host.kill()
-    control = host.start()
-    assert read_history(host) == b""
-
-
 def test_close_ends_a_run_that_still_has_its_terminal(host: ConsoleHost, control: Control) -> None:
     terminal = host.open(control)
     terminal.write(b"text\n")

@@ -14,7 +14,7 @@ pytest.importorskip("gi", reason="needs python3-gi")
 
 from gi.repository import GLib
 from qmp_server import QmpServer
-from usb_tree import HUB, Plugged, UsbTree
+from usb_tree import AUDIO, HUB, STORAGE, Plugged, UsbTree
 from vmsilod import loop
 from vmsilod.bus.views import Reloaded
 from vmsilod.config.model import VmConfig
@@ -258,6 +258,25 @@ def test_a_host_driver_that_came_late_is_taken_off_again(desk: Desk, serve: Serv
     desk.tree.plug(Plugged("1-2", 5, serial=b"A1", drivers=("uas",)))
     desk.look()
     assert desk.tree.written("uas") == "1-2:1.0"
+
+
+def test_a_late_host_driver_goes_though_the_vmm_holds_the_other_interfaces(
+    desk: Desk, serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    desk.start_vm("work")
+    serve("work")
+    three = (STORAGE, AUDIO, STORAGE)
+    desk.tree.plug(Plugged("1-2", 5, serial=b"A1", interfaces=three, drivers=()))
+    run(desk.usb.attach("work", "1-2"))
+    drivers = ("usbfs", "snd-usb-audio", "uas")
+    desk.tree.plug(Plugged("1-2", 5, serial=b"A1", interfaces=three, drivers=drivers))
+    stuck = desk.tree.root / "bus/usb/drivers/snd-usb-audio/unbind"
+    stuck.unlink()
+    stuck.mkdir()
+    desk.look()
+    assert desk.tree.written("uas") == "1-2:1.2"
+    assert desk.tree.written("usbfs") == ""
+    assert "cannot write 1-2:1.1" in caplog.text
 
 
 def test_a_vmm_that_refuses_is_not_asked_again_and_again(desk: Desk, serve: Serve) -> None:

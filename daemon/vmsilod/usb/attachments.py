@@ -219,8 +219,7 @@ class UsbAttachments:
                     await self._tidy(self._open_monitor(vm), attachment.handle)
             elif device.host_drivers:
                 # A driver that was loaded since takes every device that nobody has claimed yet.
-                with contextlib.suppress(VmsiloError):
-                    await loop.in_worker(handover.take_from_host, device, self._place.sysfs)
+                await loop.in_worker(handover.keep_from_host, device, self._place.sysfs)
 
     async def _tidy(self, monitor: UsbMonitor, handle: str) -> None:
         """crosvm has noticed that the device is gone, and would log an error; QEMU keeps an empty shell."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import stat
 import struct
@@ -20,7 +21,9 @@ from vmsilod.errors import Busy, Failed
 from vmsilod.usb.devices import SYSFS, find_device, node_of
 
 if TYPE_CHECKING:
-    from vmsilod.usb.devices import UsbDevice
+    from vmsilod.usb.devices import UsbDevice, UsbInterface
+
+log = logging.getLogger(__name__)
 
 USB_DEVICE_MAJOR = 189
 DEVICES_PER_BUS = 128
@@ -69,8 +72,18 @@ def take_from_host(device: UsbDevice, sysfs: Path = SYSFS) -> None:
             raise Busy(f"a program of the host uses USB device {device.name}", "end it first")
     for interface in device.interfaces:
         if interface.driver:
-            path = sysfs / "bus" / "usb" / "devices" / interface.name / "driver" / "unbind"
-            _write(path, interface.name, gone_is_done=True)
+            _unbind(interface, sysfs)
+
+
+def keep_from_host(device: UsbDevice, sysfs: Path = SYSFS) -> None:
+    """Unbind host drivers that took interfaces of a device that a VM has. Those of usbfs are the VMM's."""
+    for interface in device.interfaces:
+        if interface.driver in ("", "usbfs"):
+            continue
+        try:
+            _unbind(interface, sysfs)
+        except Failed as error:
+            log.warning("the host's driver keeps a part of a device that a VM has: %s", error)
 
 
 def give_to_host(device: UsbDevice, sysfs: Path = SYSFS) -> None:
@@ -86,6 +99,11 @@ def drop_privileges(fd: int) -> None:
         fcntl.ioctl(fd, USBDEVFS_DROP_PRIVILEGES, struct.pack("=I", _EVERY_INTERFACE))
     except OSError as error:
         raise Failed(f"the kernel does not restrict a USB descriptor: {error.strerror}") from error
+
+
+def _unbind(interface: UsbInterface, sysfs: Path) -> None:
+    path = sysfs / "bus" / "usb" / "devices" / interface.name / "driver" / "unbind"
+    _write(path, interface.name, gone_is_done=True)
 
 
 def _write(path: Path, text: str, *, gone_is_done: bool) -> None:

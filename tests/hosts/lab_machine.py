@@ -124,7 +124,7 @@ class Lab(AbstractContextManager["Lab"]):
         """Until a boot other than `old_boot` (a boot ID) answers; then one connection serves all calls."""
         self.boots += 1
         deadline = time.monotonic() + BOOT_SECONDS
-        while self._find_boot() in ("", old_boot):
+        while self.find_boot() in ("", old_boot):
             assert self._qemu is not None
             if self._qemu.poll() is not None or time.monotonic() > deadline:
                 logs = [self.scratch / "qemu.log", self.console_log]
@@ -136,7 +136,7 @@ class Lab(AbstractContextManager["Lab"]):
         while not self._shared.exists():
             time.sleep(0.1)
 
-    def _find_boot(self) -> str:
+    def find_boot(self) -> str:
         return self.run("cat /proc/sys/kernel/random/boot_id", check=False, timeout=60).stdout.strip()
 
     def _qemu_argv(self) -> list[str]:
@@ -188,7 +188,17 @@ class Lab(AbstractContextManager["Lab"]):
                 "-o",
                 "LogLevel=ERROR",
             ),
-            *("-o", "ConnectTimeout=20", "-o", f"ControlPath={self._shared}", *options),
+            *(
+                "-o",
+                "ServerAliveInterval=15",
+                "-o",
+                "ServerAliveCountMax=4",
+                "-o",
+                "ConnectTimeout=20",
+                "-o",
+                f"ControlPath={self._shared}",
+                *options,
+            ),
             *("root@127.0.0.1", *remote),
         ]
 
@@ -228,9 +238,16 @@ class Lab(AbstractContextManager["Lab"]):
         target.mkdir(parents=True, exist_ok=True)
         subprocess.run(["tar", "-C", str(target), "-xf", "-"], input=tar, check=True)
 
+    def recover(self, old: str) -> bool:
+        """Whether the machine has booted anew by itself since the boot `old`; waits until it is up again."""
+        if self.find_boot() == old:
+            return False
+        self._await_login(old)
+        return True
+
     def restart(self) -> None:
         """Shut down in order and boot again from what is on disk."""
-        old = self._find_boot()
+        old = self.find_boot()
         self.run("systemctl reboot", check=False)
         self._await_login(old)
 

@@ -30,8 +30,8 @@ def run_tier(tier: str) -> tuple[int, float]:
 
 
 def find_tiers() -> tuple[str, ...]:
-    """The lab's core only with nested KVM: under QEMU's emulation of SVM its guests hang now and then (a vCPU
-    that faults for ever on one instruction), and its own kernel crashes, which says nothing of vmsilo.
+    """The lab's core only with nested KVM: under QEMU's emulation of SVM its guests hang now and then (a
+    vCPU that faults for ever on one instruction), and its own kernel crashes; that says nothing of vmsilo.
     """
     if find_accelerator() == "kvm":
         return ALL

@@ -67,7 +67,8 @@ def show_all(transcript: Transcript) -> None:
     show("vmsilo pci list")
     # QEMU's emulated IOMMU does not remap interrupts, which vmsilo refuses until that is accepted.
     show("vm-start net", expect=1)
-    show("modprobe vfio_iommu_type1 allow_unsafe_interrupts=1    # accepted", user="root")
+    accepted = "/sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"
+    show(f"modprobe vfio_iommu_type1 && echo Y > {accepted}", user="root")
     show("vm-run net sh -c 'ip -br link; cat /sys/class/net/e*/address'    # the NIC leaves the host here")
     show("vmsilo pci list")
     show(

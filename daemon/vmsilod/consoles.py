@@ -1,4 +1,4 @@
-"""The VMs' serial consoles, as far as vmsilod has to do with them: it opens the terminal pair of each run,
+"""The VMs' consoles, as far as vmsilod has to do with them: it opens the terminal pair of each run,
 binds each VM's `/run/vmsilo/NAME-console`, and hands both to vmsilo-consoled.
 
 Called by runs.py when a VM starts and ends, and by main whenever the configuration was taken over or

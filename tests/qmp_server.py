@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import threading
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +23,16 @@ GREETING = {"QMP": {"version": {"qemu": {"major": 10, "minor": 0, "micro": 0}}, 
 
 class QmpServer:
     """`devices` maps an id to what its descriptor leads to. `late` sends DEVICE_DELETED after the answer,
-    `silent` never.
+    `silent` never. The first device_add takes `slow` seconds.
     """
 
-    def __init__(self, path: Path, *, late: bool = False, silent: bool = False, refuse: str = "") -> None:
+    def __init__(
+        self, path: Path, *, late: bool = False, silent: bool = False, refuse: str = "", slow: float = 0
+    ) -> None:
         self.devices: dict[str, str] = {}
         self.commands: list[str] = []
         self.fdsets: dict[int, int] = {}
-        self._late, self._silent, self._refuse = late, silent, refuse
+        self._late, self._silent, self._refuse, self._slow = late, silent, refuse, slow
         self._next = 0
         self._over = False
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,6 +65,9 @@ class QmpServer:
                 return
             with connection, suppress(BrokenPipeError, ConnectionResetError):
                 self._answer_all(connection)
+            # As QEMU does with the sets of a monitor that is gone and that no device uses.
+            for fd in [self.fdsets.pop(number) for number in list(self.fdsets)]:
+                os.close(fd)
 
     def _answer_all(self, connection: socket.socket) -> None:
         self._send(connection, GREETING)
@@ -88,6 +94,8 @@ class QmpServer:
         if command == "remove-fd":
             os.close(self.fdsets.pop(arguments["fdset-id"]))
         elif command == "device_add":
+            seconds, self._slow = self._slow, 0
+            time.sleep(seconds)
             return [self._add(arguments)]
         elif command == "device_del":
             if self.devices.pop(arguments["id"], None) is None:

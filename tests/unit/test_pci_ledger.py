@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vmsilod.pci.ledger import PciView
+    from vmsilod.pci.roots import Roots
 
 UID = 61000
 SECOND = "0000:01:00.1"
@@ -165,6 +166,27 @@ def test_what_an_ended_run_had_is_taken_back_by_the_next_vmsilod(tmp_path: Path)
     assert tree.node(2).stat().st_uid == 0
     assert tree.writes[-1] == (f"bus/pci/devices/{NIC}/reset", "1")
     assert view(ledger_of(tree)).state == "claimed"
+
+
+def test_one_device_that_cannot_be_taken_back_holds_up_no_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = lone_nic(tmp_path)
+    start(tree)
+    ledger = ledger_of(tree)
+    ledger._state.held["0000:00:1f.3"] = "a-broken-one"
+    take_back = binding.take_group_back
+
+    def take_group_back(group: int, roots: Roots) -> None:
+        if group != 2:
+            raise VmsiloError("no")
+        take_back(group, roots)
+
+    monkeypatch.setattr(binding, "take_group_back", take_group_back)
+    ledger.repair(())
+    assert tree.node(2).stat().st_uid == 0
+    assert list(ledger._state.held.values()) == ["a-broken-one"]
+    assert "VM a-broken-one: its PCI devices are not all taken back: no" in caplog.text
 
 
 def test_a_second_vm_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:

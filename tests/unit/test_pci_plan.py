@@ -73,9 +73,9 @@ def test_devices_are_named_as_lspci_names_them(tmp_path: Path) -> None:
 
 def test_a_shared_group_is_refused_with_every_name(tmp_path: Path) -> None:
     error = refusal(lone_nic(tmp_path), "0000:00:1f.3")
-    assert error.message.startswith("0000:00:1f.3 (Intel Corporation SMBus controller [8086:2930]")
+    assert error.message.startswith("0000:00:1f.3 (Intel Corporation SMBus controller, driver i801_smbus)")
     assert "shares IOMMU group 4 with devices of the host: 0000:00:1f.0 (" in error.message
-    assert "0000:00:1f.2 (Intel Corporation SATA controller [8086:2922], driver ahci)" in error.message
+    assert "0000:00:1f.2 (Intel Corporation SATA controller, driver ahci)" in error.message
     assert NIC not in error.message
     assert "whole group" in error.hint
 
@@ -319,13 +319,21 @@ def test_what_is_in_use_cannot_be_claimed_either(tmp_path: Path) -> None:
     tree.add_link("enp1s0", NIC)
     topology = read_topology(tree.roots)
     with pytest.raises(Refused, match="only network link"):
-        plan_claim(topology, find_usage(tree.roots, topology), NIC)
+        plan_claim(topology, find_usage(tree.roots, topology), Known(), NIC)
 
 
 def test_a_claim_asks_nothing_of_the_rest_of_the_group(tmp_path: Path) -> None:
     topology = read_topology(lone_nic(tmp_path).roots)
     usage = find_usage(lone_nic(tmp_path / "again").roots, topology)
-    assert Unbind("0000:00:1f.3", "i801_smbus") in plan_claim(topology, usage, "0000:00:1f.3")
+    assert Unbind("0000:00:1f.3", "i801_smbus") in plan_claim(topology, usage, Known(), "0000:00:1f.3")
+
+
+def test_no_device_joins_a_group_that_a_vm_can_open(tmp_path: Path) -> None:
+    tree = lone_nic(tmp_path)
+    topology = read_topology(tree.roots)
+    held = Known(held={"0000:00:1f.0": "work"})
+    with pytest.raises(DeviceBusy, match="is used by VM 'work'"):
+        plan_claim(topology, find_usage(tree.roots, topology), held, "0000:00:1f.3")
 
 
 def test_giving_back(tmp_path: Path) -> None:

@@ -6,88 +6,31 @@ The one thing that is not real is the open of a device's node: these machines ha
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 pytest.importorskip("gi", reason="needs python3-gi")
 
-from gi.repository import GLib
 from qmp_server import QmpServer
-from usb_tree import AUDIO, HUB, STORAGE, Plugged, UsbTree
+from usb_desk import Desk, run
+from usb_tree import AUDIO, HUB, STORAGE, Plugged
 from vmsilod import loop
-from vmsilod.bus.views import Reloaded
-from vmsilod.config.model import VmConfig
 from vmsilod.errors import BadRequest, Busy, NotRunning, VmsiloError
-from vmsilod.registry import Registry, Vm
-from vmsilod.resources.record import Record
-from vmsilod.systemd import INACTIVE, UnitState
+from vmsilod.systemd import INACTIVE
 from vmsilod.usb import attachments, handover
-from vmsilod.usb.attachments import UsbAttachments, UsbPlace
+from vmsilod.vmm.errors import MonitorTimeout
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
+    from vmsilod.usb.attachments import UsbPlace
     from vmsilod.usb.devices import UsbDevice
 
-T = TypeVar("T")
 STICK = Plugged("1-2", 5, serial=b"A1")
 RULE = ("0951:1666:A1",)
 Serve = Any
-
-
-def run(coro: Coroutine[Any, Any, T]) -> T:
-    main_loop = GLib.MainLoop()
-    future = loop.spawn(coro)
-    future.add_done_callback(lambda _: loop.call_soon(main_loop.quit))
-    main_loop.run()
-    return future.result(0)
-
-
-class Desk:
-    """A host: its devices, its VMs, and vmsilod's part in it, which can be killed and started again."""
-
-    def __init__(self, directory: Path) -> None:
-        self.tree = UsbTree(directory)
-        self.place = UsbPlace(self.tree.root, self.tree.dev, directory / "vm", directory / "usb-attached")
-        self.registry = Registry()
-        self.usb = UsbAttachments(self.registry, self.place)
-
-    def start_vm(self, name: str, *, since: int = 1, vmm: str = "qemu", **config: Any) -> Vm:
-        values = {
-            "name": name, "user": "david", "memory": 64, "cpus": 1, "color": "red", "image": "default",
-            "start_timeout": 9, "stop_timeout": 9, "usb": True, **config,
-        }  # fmt: skip
-        rules = [dict(zip(("vendor", "product", "serial"), text.split(":"), strict=False))
-                 for text in values.pop("usb_devices", ())]  # fmt: skip
-        made = VmConfig.model_validate({**values, "usb_devices": rules})
-        vm = self.registry.adopt(name)
-        vm.config = made
-        invocation = f"{name}-{since}"
-        vm.record = Record(name, "x", invocation, vmm=vmm, config=made.to_json(), launched=True)
-        vm.unit = UnitState(active="active", sub="running", invocation=invocation, active_since=since)
-        return vm
-
-    def look(self) -> None:
-        """What the watch and a change of a VM lead to."""
-        self.usb.vm_changed(Reloaded(1, 0))
-        run(self.settle())
-
-    async def settle(self) -> None:
-        while self.usb._stale:
-            await loop.after(0.01)
-        async with self.usb._lock:
-            pass
-
-    def restart_daemon(self) -> None:
-        self.usb = UsbAttachments(self.registry, self.place)
-        run(self.usb.load())
-        run(self.usb.repair())
-        run(self.settle())
-
-    def holders(self) -> dict[str, str]:
-        return {view.port: view.vm for view in run(self.usb.list_devices())}
 
 
 @pytest.fixture
@@ -291,13 +234,91 @@ def test_a_vmm_that_refuses_is_not_asked_again_and_again(desk: Desk, serve: Serv
 
 
 def test_a_device_is_given_to_the_host_only_on_request(desk: Desk, serve: Serve) -> None:
-    desk.start_vm("work", usb_devices=RULE)
+    vm = desk.start_vm("work", usb_devices=RULE)
     serve("work")
     desk.tree.plug(Plugged("1-2", 5, serial=b"A1", drivers=()))
     desk.look()
     run(desk.usb.detach("work", "1-2"))
+    desk.look()
+    assert desk.tree.probed() == ""
+    vm.forget_run()
+    vm.unit = INACTIVE
+    desk.look()
     run(desk.usb.release("1-2"))
     assert desk.tree.probed() == "1-2:1.0"
+
+
+def test_what_a_running_vm_may_still_hold_is_unplugged_before_the_host_gets_it(
+    desk: Desk, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.start_vm("work")
+    serve("work")
+    desk.tree.plug(Plugged("1-2", 5, serial=b"A1", drivers=()))
+    run(desk.usb.attach("work", "1-2"))
+    run(desk.usb.detach("work", "1-2"))
+    writes: list[tuple[Path, str]] = []
+    monkeypatch.setattr(handover, "_write", lambda path, text, **_: writes.append((path, text)))
+    run(desk.usb.release("1-2"))
+    switch = desk.tree.port("1-2") / "disable"
+    assert writes == [(switch, "1"), (switch, "0")]
+    switch.unlink()
+    with pytest.raises(VmsiloError, match="cannot unplug USB device 1-2") as caught:
+        run(desk.usb.release("1-2"))
+    assert caught.value.hint == "plug it out and in again"
+
+
+def test_no_other_vm_gets_what_a_running_vm_may_still_hold(desk: Desk, serve: Serve) -> None:
+    vm = desk.start_vm("work")
+    desk.start_vm("bank")
+    work, bank = serve("work"), serve("bank")
+    desk.tree.plug(STICK)
+    run(desk.usb.attach("work", "1-2"))
+    run(desk.usb.detach("work", "1-2"))
+    for _ in range(2):
+        with pytest.raises(Busy, match="was in VM 'work', which could still use it") as caught:
+            run(desk.usb.attach("bank", "1-2"))
+        assert "vmsilo usb release 1-2" in caught.value.hint
+        desk.restart_daemon()
+    run(desk.usb.attach("work", "1-2"))
+    run(desk.usb.detach("work", "1-2"))
+    desk.tree.unplug("1-2")
+    desk.tree.plug(Plugged("1-2", 6, serial=b"A1"))
+    run(desk.usb.attach("bank", "1-2"))
+    run(desk.usb.detach("bank", "1-2"))
+    with pytest.raises(Busy, match="was in VM 'bank'"):
+        run(desk.usb.attach("work", "1-2"))
+    bank_vm = desk.registry.require("bank")
+    bank_vm.forget_run()
+    bank_vm.unit = INACTIVE
+    desk.look()
+    run(desk.usb.attach("work", "1-2"))
+    assert vm.unit.active == "active"
+    assert (len(work.devices), len(bank.devices)) == (1, 0)
+
+
+def test_an_attach_that_is_answered_too_late_is_undone(
+    desk: Desk, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attachments, "MONITOR_SECONDS", 0.3)
+    monkeypatch.setattr(attachments, "UNSURE_SECONDS", 0.1)
+    desk.start_vm("work")
+    desk.start_vm("bank")
+    qemu, bank = serve("work", slow=0.6), serve("bank")
+    desk.tree.plug(STICK)
+    with pytest.raises(MonitorTimeout):
+        run(desk.usb.attach("work", "1-2"))
+    with pytest.raises(Busy, match="was in VM 'work'"):
+        run(desk.usb.attach("bank", "1-2"))
+
+    async def until_undone() -> None:
+        while "device_del" not in qemu.commands:
+            await loop.after(0.05)
+        await desk.settle()
+
+    run(loop.with_deadline(until_undone(), 10))
+    assert qemu.devices == bank.devices == {}
+    run(desk.usb.attach("work", "1-2"))
+    assert desk.holders() == {"1-2": "work"}
 
 
 def test_what_a_rule_waits_for_is_not_given_to_the_host(desk: Desk, serve: Serve) -> None:

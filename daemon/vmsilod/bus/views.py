@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vmsilod.bus.requests import RunRequest, SshRequest
     from vmsilod.pci.ledger import PciView
 
-TEXT_MAX = 256
+TEXT_MAX = 600
 
 
 @dataclass(frozen=True)

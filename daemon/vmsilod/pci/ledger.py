@@ -64,7 +64,7 @@ class Ledger:
 
     def check_claim(self, address: str) -> None:
         topology = read_topology(self._roots)
-        plan.plan_claim(topology, find_usage(self._roots, topology), address)
+        plan.plan_claim(topology, find_usage(self._roots, topology), self._known(), address)
 
     def start(self, wanted: plan.Wanted) -> None:
         """For a VM that starts. After a VmsiloError everything is as it was."""
@@ -111,7 +111,7 @@ class Ledger:
     def claim(self, address: str) -> None:
         topology = read_topology(self._roots)
         usage = find_usage(self._roots, topology)
-        operations = plan.plan_claim(topology, usage, address)
+        operations = plan.plan_claim(topology, usage, self._known(), address)
         if address in self._state.released:
             self._state.released.remove(address)
         self._execute(operations, [topology.functions[address]], usage)
@@ -137,10 +137,15 @@ class Ledger:
                 log.warning("the isolated device %s is not claimed: %s", address, error)
 
     def repair(self, running: Iterable[str]) -> None:
-        """At vmsilod's start: undo claims that were broken off, take back what ended runs had."""
+        """At vmsilod's start: undo claims that were broken off, take back what ended runs had. What cannot
+        be taken back counts as held, and the others are not held up by it.
+        """
         self._undo_pending()
-        for vm in set(self._state.held.values()) - set(running):
-            self.end(vm)
+        for vm in sorted(set(self._state.held.values()) - set(running)):
+            try:
+                self.end(vm)
+            except VmsiloError as error:
+                log.error("VM %s: its PCI devices are not all taken back: %s", vm, error)
 
     def holds(self, vm: str) -> bool:
         """Does not block."""

@@ -127,12 +127,14 @@ def plan_start(topology: Topology, usage: Usage, known: Known, wanted: Wanted) -
     return operations
 
 
-def plan_claim(topology: Topology, usage: Usage, address: str) -> list[Operation]:
-    """From the host to vfio-pci, for no VM yet."""
+def plan_claim(topology: Topology, usage: Usage, known: Known, address: str) -> list[Operation]:
+    """From the host to vfio-pci, for no VM yet: also for none that has another device of its group."""
     function = find_function(topology, address)
     _check_device(topology, function)
     _check_usage(function, usage)
     operations = _plan_binding(function)
+    if operations:
+        _check_group_unheld(topology, function, known)
     assert function.group is not None
     return [*operations, AwaitGroup(function.group)] if operations else []
 
@@ -147,13 +149,7 @@ def plan_give_back(topology: Topology, known: Known, address: str) -> list[Opera
             f"{function.shown} is tainted: VM '{taint[0]}' had it, and {taint[1]}",
             "it goes back to the host at the next boot",
         )
-    for other in topology.find_group(function.group):
-        if holder := known.held.get(other.address):
-            raise DeviceBusy(
-                f"{function.shown} shares IOMMU group {function.group} with {other.shown},"
-                f" which is used by VM '{holder}'",
-                f"vm-stop {holder}",
-            )
+    _check_group_unheld(topology, function, known)
     operations: list[Operation] = []
     if function.driver == VFIO_DRIVER:
         operations.append(Unbind(address, VFIO_DRIVER))
@@ -180,7 +176,7 @@ def plan_isolation(topology: Topology, usage: Usage, address: str) -> list[Opera
     """At boot. A device without a driver is kept from the host's even where vfio-pci cannot take it."""
     function = find_function(topology, address)
     if function.with_host or function.is_bridge:
-        return plan_claim(topology, usage, address)
+        return plan_claim(topology, usage, Known(), address)
     operations: list[Operation] = []
     if function.override != VFIO_DRIVER:
         operations.append(Override(address, VFIO_DRIVER, function.override))
@@ -218,6 +214,16 @@ def _check_device(topology: Topology, function: Function) -> None:
             f"{function.shown} is in no IOMMU group: the IOMMU of this host does not cover it",
             "choose another device",
         )
+
+
+def _check_group_unheld(topology: Topology, function: Function, known: Known) -> None:
+    for other in topology.find_group(function.group):
+        if holder := known.held.get(other.address):
+            raise DeviceBusy(
+                f"{function.shown} shares IOMMU group {function.group} with {other.shown},"
+                f" which is used by VM '{holder}'",
+                f"vm-stop {holder}",
+            )
 
 
 def _check_known(function: Function, known: Known, vm: str) -> None:

@@ -80,7 +80,9 @@ class Function:
 
     @property
     def shown(self) -> str:
-        return f"{self.address} ({self.name}{f', driver {self.driver}' if self.driver else ''})"
+        """In a message, where several have to fit."""
+        name = self.name.rpartition(" [")[0] or self.name
+        return f"{self.address} ({name}{f', driver {self.driver}' if self.driver else ''})"
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from vmsilod.usb.state import Attachment, UsbRun
 from vmsilod.usb.usage import find_obstacles
 from vmsilod.vmm import drivers
 from vmsilod.vmm.choose import VmmKind
+from vmsilod.vmm.errors import MonitorError, MonitorRefused, MonitorUnreachable
 from vmsilod.vmm.monitor import UsbMonitor
 from vmsilod.waiting import Lock
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+UNSURE_SECONDS = 5.0
 MONITOR_SECONDS = 15.0  # QEMU answers after the device has, whose own requests may take ten
 
 
@@ -66,6 +68,7 @@ class UsbAttachments:
         self._lock = Lock()
         self._failed: set[tuple[str, Key]] = set()
         self._stale = False
+        self._unsure: set[str] = set()
         self._states: dict[str, str] = {}
 
     # What the bus asks
@@ -86,6 +89,7 @@ class UsbAttachments:
                     f"VM '{holder.vm.name}' has USB device {device.name}",
                     f"vmsilo usb detach {holder.vm.name} {device.name}",
                 )
+            self._check_sent(device, vm)
             run = self._run_of(vm)
             if holder is None:
                 await self._plug_in(vm, run, monitor, device)
@@ -105,7 +109,7 @@ class UsbAttachments:
             attachment = next((entry for entry in run.attached if entry.key == device.key), None)
             if attachment is not None:
                 await loop.in_worker(monitor.detach_usb, attachment.handle)
-                run.attached.remove(attachment)
+                run.let_go(attachment)
             elif not any(claim.vm == name and claim.rule.matches(device) for claim in self._find_claims()):
                 raise BadRequest(f"VM '{name}' does not have USB device {device.name}", "vmsilo usb list")
             rule = rule_for(device)
@@ -129,7 +133,10 @@ class UsbAttachments:
                     f"VM '{claim.vm}', which runs, has the rule {claim.rule} for USB device {device.name}",
                     f"vmsilo usb detach {claim.vm} {device.name}",
                 )
-            await loop.in_worker(handover.give_to_host, device, self._place.sysfs)
+            if self._find_keepers(device):
+                await loop.in_worker(handover.cut_off, device, self._place.sysfs)
+            else:
+                await loop.in_worker(handover.give_to_host, device, self._place.sysfs)
             log.info("USB device %s (%s) given to the host on request", device.name, device.ids)
 
     # What happens by itself
@@ -155,8 +162,7 @@ class UsbAttachments:
         """At start, before anybody asks: what the last vmsilod wrote down of the runs that go on."""
         for name, run in (await loop.in_worker(state.load_state, self._place.state_file)).items():
             vm = self._registry.find(name)
-            record = vm.record if vm is not None and self._is_served(vm) else None
-            if record is not None and record.invocation == run.invocation:
+            if vm is not None and vm.record is not None and vm.record.invocation == run.invocation:
                 self._runs[name] = run
 
     async def repair(self) -> None:
@@ -181,35 +187,42 @@ class UsbAttachments:
             for handle in listed.keys() - {entry.handle for entry in kept}:
                 log.info("VM %s: unplugging USB device %s, of which nothing is known", vm.name, handle)
                 await loop.in_worker(monitor.detach_usb, handle)
-            run.attached = kept
+            for entry in [entry for entry in run.attached if entry not in kept]:
+                run.let_go(entry)
+            self._unsure.discard(vm.name)
         except VmsiloError as error:
             log.warning("VM %s: its USB devices are not known for sure: %s", vm.name, error)
+            self._unsure.add(vm.name)
+            loop.call_later(UNSURE_SECONDS, self.refresh)
 
     async def _agree(self) -> None:
         self._stale = False
         async with self._lock:
-            before = {name: len(run.attached) for name, run in self._runs.items()}
+            before = state.as_content(self._runs)
             self._forget_ended()
             served = [vm for vm in self._registry if self._is_served(vm) and self._has_controller(vm)]
             if not served:
-                if before != {}:
+                if before:
                     await self._save()
                 return
             devices = await loop.in_worker(find_devices, self._place.sysfs)
             present = {device.key: device for device in devices}
             self._failed = {(vm, key) for vm, key in self._failed if key in present}
             for vm in served:
+                if vm.name in self._unsure:
+                    await self._repair_vm(vm)
                 await self._check_attached(vm, present)
             for device in devices:
                 claim = find_claim(device, self._find_claims(), self._find_refused())
                 if claim is not None and device.configured and self._find_holder(device) is None:
                     await self._attach_by_rule(claim, device)
-            if before != {name: len(run.attached) for name, run in self._runs.items()}:
+            if before != state.as_content(self._runs):
                 await self._save()
 
     async def _check_attached(self, vm: Vm, present: dict[Key, UsbDevice]) -> None:
         """Unplug what is gone from the host, and keep host drivers off what is there."""
         run = self._run_of(vm)
+        run.sent = [key for key in run.sent if key in present]
         for attachment in list(run.attached):
             device = present.get(attachment.key)
             if device is None:
@@ -231,6 +244,7 @@ class UsbAttachments:
         if vm is None or (claim.vm, device.key) in self._failed:
             return
         try:
+            self._check_sent(device, vm)
             await self._plug_in(vm, self._run_of(vm), self._open_monitor(vm), device)
         except VmsiloError as error:
             # Tried again when it is plugged in anew or the VM's state changes.
@@ -244,9 +258,19 @@ class UsbAttachments:
         try:
             label = f"{device.busnum}-{device.devnum}"
             handle = await loop.in_worker(monitor.attach_usb, fd, label)
+        except MonitorUnreachable:
+            raise
+        except MonitorError as error:
+            run.mark_sent(device.key)
+            if not isinstance(error, MonitorRefused):
+                self._unsure.add(vm.name)
+                loop.call_later(UNSURE_SECONDS, self.refresh)
+            await self._save()
+            raise
         finally:
             os.close(fd)
         run.attached.append(Attachment(handle, *device.key, device.ids))
+        run.sent = [key for key in run.sent if key != device.key]
         await self._save()
         log.info("VM %s: USB device %s (%s) attached", vm.name, device.name, device.ids)
 
@@ -315,6 +339,19 @@ class UsbAttachments:
                     return _Holder(vm, run, attachment)
         return None
 
+    def _find_keepers(self, device: UsbDevice) -> list[str]:
+        """The running VMs whose VMM was sent this plugging in and may have kept the descriptor."""
+        return [name for name, run in self._runs.items() if device.key in run.sent]
+
+    def _check_sent(self, device: UsbDevice, vm: Vm) -> None:
+        others = [name for name in self._find_keepers(device) if name != vm.name]
+        if others:
+            raise Busy(
+                f"USB device {device.name} was in VM '{others[0]}', which could still use it",
+                f"plug it out and in again, or vm-stop {others[0]}, or give it to the host in between: "
+                f"vmsilo usb release {device.name}",
+            )
+
     def _describe(
         self, device: UsbDevice, claims: Iterable[Claim], refused: list[tuple[str, UsbRule]], note: str
     ) -> UsbView:
@@ -336,12 +373,7 @@ class UsbAttachments:
         )
 
     async def _save(self) -> None:
-        known = {name: run for name, run in self._runs.items() if _has_word(run)}
-        await loop.in_worker(state.save_state, known, self._place.state_file)
-
-
-def _has_word(run: UsbRun) -> bool:
-    return bool(run.attached or run.wanted or run.refused)
+        await loop.in_worker(state.save_state, state.as_content(self._runs), self._place.state_file)
 
 
 def _survey(place: UsbPlace) -> tuple[list[UsbDevice], dict[Key, str]]:

@@ -43,21 +43,43 @@ class Attachment:
 
 @dataclass
 class UsbRun:
-    """One run of a VM: `wanted` was attached by hand and `refused` detached by hand since it started."""
+    """One run of a VM: `wanted` was attached by hand and `refused` detached by hand since it started.
+
+    `sent` are devices whose descriptor its VMM was sent and should have closed since: usbfs cannot take one
+    back, so a VMM that was taken over has them until the run ends or the device is plugged in anew.
+    """
 
     invocation: str
     attached: list[Attachment] = field(default_factory=list)
     wanted: list[UsbRule] = field(default_factory=list)
     refused: list[UsbRule] = field(default_factory=list)
+    sent: list[Key] = field(default_factory=list)
+
+    def let_go(self, attachment: Attachment) -> None:
+        self.attached.remove(attachment)
+        self.mark_sent(attachment.key)
+
+    def mark_sent(self, key: Key) -> None:
+        if key not in self.sent:
+            self.sent.append(key)
 
 
-def save_state(runs: dict[str, UsbRun], path: Path = STATE_FILE) -> None:
+def as_content(runs: dict[str, UsbRun]) -> dict[str, Any]:
+    """What is worth writing down, as JSON's types."""
+    return {
+        name: asdict(run)
+        for name, run in runs.items()
+        if run.attached or run.wanted or run.refused or run.sent
+    }
+
+
+def save_state(content: dict[str, Any], path: Path = STATE_FILE) -> None:
+    """`content` is of as_content."""
     temporary = path.with_name(f".{path.name}.new")
-    content = json.dumps({name: asdict(run) for name, run in runs.items()})
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         with open(fd, "w") as file:  # noqa: PTH123 - a descriptor, not a path
-            file.write(content)
+            json.dump(content, file)
         temporary.rename(path)
     except OSError as error:
         raise Failed(f"cannot write {path}: {error.strerror}") from error
@@ -80,4 +102,5 @@ def _parse_run(content: dict[str, Any]) -> UsbRun:
         [Attachment(**entry) for entry in content["attached"]],
         [UsbRule(**entry) for entry in content["wanted"]],
         [UsbRule(**entry) for entry in content["refused"]],
+        [(str(name), int(devnum), int(instance)) for name, devnum, instance in content["sent"]],
     )

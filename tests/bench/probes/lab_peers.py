@@ -1,8 +1,8 @@
 """Runs `true` in one image by several ways, cold and warm, and says how long each took. In the lab, as root.
 
-argv[1]: {"rounds": N, "warm": N for each round}. Prints, for each way, its times in seconds and, where it
-could not be measured, why. One VM runs at a time: in each round every way is started, called and ended in
-turn. vmsilo's VMs and libvirt's domain exist only while this runs.
+One round: every way is started, called argv[1] times and ended in turn, so that one VM runs at a time.
+Prints, for each way, its times in seconds and, where it could not be measured, why. vmsilo's VMs and
+libvirt's domain exist only while this runs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CONFIG = Path("/etc/vmsilo/vms.d")
 SCRATCH = Path("/var/lib/libvirt/images/bench")  # where libvirt's profile and user may read
 USER = "user"
 CID = 4711
-PARAMS = "console=ttyS0 systemd.show_status=yes panic=-1 random.trust_cpu=on systemd.hostname=bench"
+PARAMS = "console=hvc0 systemd.show_status=yes panic=-1 random.trust_cpu=on systemd.hostname=bench"
 ROOT = "vmsilo.root=/dev/vda ro"
 AGENT = "org.qemu.guest_agent.0"
 DOMAIN = f"""<domain type='kvm'>
@@ -45,7 +45,7 @@ DOMAIN = f"""<domain type='kvm'>
       <target dev='vda' bus='virtio'/><readonly/>
     </disk>
     <channel type='unix'><target type='virtio' name='{AGENT}'/></channel>
-    <serial type='pty'/>
+    <console type='pty'><target type='virtio'/></console>
     <rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>
   </devices>
 </domain>
@@ -191,7 +191,7 @@ def make_vmspawn() -> Way:
         *(
             "--pass-ssh-key=no",
             "--register=no",
-            "--console-transport=serial",
+            "--console-transport=virtio",
             f"--image={SCRATCH / 'root.erofs'}",
             f"--linux={SCRATCH / 'vmlinuz'}",
         ),
@@ -280,14 +280,15 @@ def guarded(way: Way, step: Callable[[], None]) -> None:
 
 
 def copy_image() -> None:
-    SCRATCH.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(SCRATCH, ignore_errors=True)  # of a round in which the lab crashed
+    SCRATCH.mkdir(parents=True)
     source = Path(run(["vmsilo", "image", "path", "bench"]).stdout.strip())
     for name in ("vmlinuz", "initrd", "root.erofs"):
         shutil.copyfile(source / name, SCRATCH / name)
 
 
 def main() -> None:
-    request = json.loads(sys.argv[1])
+    calls = int(sys.argv[1])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     os.environ["LC_ALL"] = "C.UTF-8"
     copy_image()
@@ -305,11 +306,10 @@ def main() -> None:
     try:
         for way in ways:
             guarded(way, way.prepare)
-        for _ in range(request["rounds"]):
-            for way in ways:
-                guarded(way, partial(measure_cold, way))
-                guarded(way, partial(measure_warm, way, request["warm"]))
-                guarded(way, way.stop)
+        for way in ways:
+            guarded(way, partial(measure_cold, way))
+            guarded(way, partial(measure_warm, way, calls))
+            guarded(way, way.stop)
     finally:
         for way in ways:
             way.cleanup()

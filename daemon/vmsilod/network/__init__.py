@@ -1,0 +1,1 @@
+"""The VMs' networks: TAPs, their addresses and the firewall around them."""

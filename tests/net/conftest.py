@@ -1,11 +1,12 @@
 """Fixtures for the tier `net`: real TAPs, routes and nftables in network namespaces of the tests' own.
 
-No container and no guest: the test itself sits on the TAP's descriptor, as a VMM would. The suite starts
-this tier below `unshare`; started by hand: `unshare -mn ... pytest tests/net`.
+No container and no guest: the test itself sits on the TAP's descriptor, as a VMM would. While a test of this
+folder runs, this process is in a network namespace that ends with it, and /sys shows that one.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -17,18 +18,33 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+CLONE_NEWNS, CLONE_NEWNET = 0x20000, 0x40000000  # linux/sched.h
+_libc = ctypes.CDLL(None, use_errno=True)
+
 
 @pytest.fixture(scope="session", autouse=True)
-def require_namespace() -> None:
+def own_network() -> Iterator[None]:
     """Skip with the name of the ability that is missing; never touch the machine's own network."""
     if os.geteuid() != 0:
         pytest.skip("needs root: network namespaces")
-    if Path("/proc/self/ns/net").readlink() == Path("/proc/1/ns/net").readlink():
-        pytest.skip("not in a network namespace of its own: run it by `make test`, or below `unshare -mn`")
     if not Path("/dev/net/tun").exists():
         pytest.skip("no /dev/net/tun")
-    if shutil.which("nft") is None:
-        pytest.skip("nft is not in PATH")
+    for program in ("nft", "ip"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not in PATH")
+    old = [os.open(f"/proc/thread-self/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC) for kind in ("net", "mnt")]
+    here = Path.cwd()
+    try:
+        if _libc.unshare(CLONE_NEWNET | CLONE_NEWNS) != 0:
+            pytest.skip(f"no network namespaces: {os.strerror(ctypes.get_errno())}")
+        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+        subprocess.run(["mount", "-t", "sysfs", "sysfs", "/sys"], check=True)
+        yield
+    finally:
+        for fd in old:
+            _libc.setns(fd, 0)
+            os.close(fd)
+        os.chdir(here)
 
 
 @pytest.fixture(autouse=True)

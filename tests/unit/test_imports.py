@@ -32,6 +32,7 @@ LAYERS = (
     {"vmsilod.config", "vmsilod.resources", "vmsilod.vmm", "vmsilod.systemd"},
     {"vmsilod.restart", "vmsilod.first_sign"},
     {"vmsilod.units", "vmsilod.bus", "vmsilod.host"},
+    {"vmsilod.network"},
     {"vmsilod.registry", "vmsilod.order_socket"},
     {"vmsilod.consoles", "vmsilod.relay_client", "vmsilod.control", "vmsilod.preparation", "vmsilod.watch"},
     {"vmsilod.shapes", "vmsilod.memory"},

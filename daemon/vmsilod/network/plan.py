@@ -1,4 +1,4 @@
-"""What the network of all configured VMs is to be: one NetworkPlan, made of the configuration and nothing else.
+"""What the network of all configured VMs is to be: one NetworkPlan, made of the configuration alone.
 
 Pure. Made by `planning.py`; read by the ruleset, the pool, the switch and the guest's files. Two equal plans
 mean that nothing has to be done.
@@ -36,7 +36,7 @@ class Port:
 
     `tap` is at most 15 bytes; `mac` is the guest's, lower case with colons. Exactly one of these holds:
     `host_addresses` (routed by the host), `bridge` (an existing bridge of the host), `network` (a VM-to-VM
-    network, in a network namespace of its own), none of them (a TAP that nothing is done with but filtering).
+    network, in a network namespace of its own), none of them (a TAP that is only filtered).
     `addresses` are the guest's own; with `dhcp` it asks for more. `served` are other networks behind this VM
     (vm_network.routes).
     """

@@ -23,7 +23,7 @@ class Effective:
 
 
 def merge(plan: NetworkPlan, held: Mapping[str, tuple[Port, ...]]) -> Effective:
-    """`held` has the ports of each running VM. What holds for a running VM at once: allow, nameservers, NAT."""
+    """`held` has the ports of each running VM. Allow, nameservers and NAT hold for a running VM at once."""
     ports: list[Port] = []
     for vm, started in held.items():
         now = {(port.interface, port.tap): port for port in plan.ports_of(vm)}

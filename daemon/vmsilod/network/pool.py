@@ -2,9 +2,9 @@
 configuration; and the rules around them, which nobody can take away for long.
 
 Built by main. Called by the publication (apply), by runs (open, close, repair) and by the lifecycle for the
-bus; the watch tells it of changes that others make. It runs on the GLib loop, one thing at a time; the work is
-the batch's, in the worker. What it has is also in the kernel and in the VMs' records: it may be killed at any
-moment. A VM whose TAPs or rules are not in place does not start.
+bus; the watch tells it of changes that others make. It runs on the GLib loop, one thing at a time; the work
+is the batch's, in the worker. What it has is also in the kernel and in the VMs' records: it may be killed at
+any moment. A VM whose TAPs or rules are not in place does not start.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from vmsilod.errors import StartFailed, VmsiloError
 from vmsilod.network import batch, installed, traffic
 from vmsilod.network.batch import Settled
 from vmsilod.network.effective import Effective, merge
+from vmsilod.network.forwarding import LENT_FILE
 from vmsilod.network.links import open_links
 from vmsilod.network.plan import NetworkPlan
 from vmsilod.network.sight import host_ports, judge, look
@@ -26,7 +27,8 @@ from vmsilod.network.taps import open_queues
 from vmsilod.waiting import Lock
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
 
     from vmsilod.network.plan import Port
     from vmsilod.network.traffic import PortView
@@ -45,11 +47,15 @@ class OpenPort:
 
 
 class NetworkPool:
-    """`held` has the ports of the VMs that run, as they were started."""
+    """`_held` has the ports of the VMs that run, as they were started; `_running` also names those of which
+    that cannot be told.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, lent_file: Path = LENT_FILE) -> None:
+        self._lent_file = lent_file
         self._configured = NetworkPlan()
         self._held: dict[str, tuple[Port, ...]] = {}
+        self._running: set[str] = set()
         self._now = Effective()
         self._settled: Settled | None = None  # before the first apply
         self._lock = Lock()
@@ -75,23 +81,26 @@ class NetworkPool:
                 raise StartFailed(f"the network of VM '{vm}' is not in place: {fault}", RULES_HINT)
             opened = await loop.in_worker(_open_all, self.ports_of(vm))
             self._held[vm] = self.ports_of(vm)
+            self._running.add(vm)
             return opened
 
     async def close(self, vm: str) -> None:
         """The VM has ended. Never fails. What its VMM may have changed of a TAP ends with that TAP."""
-        if vm not in self._held:
+        if vm not in self._running:
             return
         async with self._lock:
             ports = self._held.pop(vm, ())
-            if merge(self._configured, self._held) != self._now or await loop.in_worker(
+            self._running.discard(vm)
+            if not ports or merge(self._configured, self._held) != self._now or await loop.in_worker(
                 _find_changed, ports
             ):
                 await self._settle()
 
-    async def repair(self, running: NetworkPlan) -> None:
-        """At start: the ports of VMs that run, made of what they were started with."""
+    async def repair(self, running: Iterable[str], plan: NetworkPlan) -> None:
+        """At start: the VMs that run, and the plan of what they were started with, as far as it is known."""
         async with self._lock:
-            self._held = {port.vm: running.ports_of(port.vm) for port in running.ports}
+            self._held = {port.vm: plan.ports_of(port.vm) for port in plan.ports}
+            self._running = {*running, *self._held}
 
     def ports_of(self, vm: str) -> tuple[Port, ...]:
         """Those in the host's own network that a start would get now, or that the running VM has."""
@@ -117,8 +126,9 @@ class NetworkPool:
     async def _guard_rules(self) -> None:
         async with self._lock:
             self._checking = False
-            ports = host_ports(self._now.plan)
-            if not ports or not await loop.in_worker(installed.find_fault, self._now.plan):
+            assert self._settled is not None
+            ruled = self._settled.ruled
+            if not ruled.ports or not await loop.in_worker(installed.find_fault, ruled):
                 return
             log.error("somebody removed or changed vmsilo's network rules; installing them again")
             await loop.in_worker(batch.stop_forwarding, self._now.plan)
@@ -128,7 +138,7 @@ class NetworkPool:
         async with self._lock:
             assert self._settled is not None
             found = await loop.in_worker(_find_faults, host_ports(self._now.plan))
-            if found != dict(self._settled.faults):
+            if found != dict(self._settled.judged) or not await loop.in_worker(batch.lends, self._now.plan):
                 await self._settle()
 
     async def _find_fault(self, vm: str) -> str:
@@ -136,16 +146,21 @@ class NetworkPool:
             return self._now.refused[vm]
         if self._settled is None:
             return "it has not been set up yet"
+        if self._settled.rules_fault:
+            return f"its rules cannot be installed: {self._settled.rules_fault}"
         ports = self.ports_of(vm)
-        faults = await loop.in_worker(_find_faults, ports)
-        return next(iter(faults.values()), "") or await loop.in_worker(installed.find_fault, self._now.plan)
+        known = [self._settled.faults[port.tap] for port in ports if port.tap in self._settled.faults]
+        found = [*known, *(await loop.in_worker(_find_faults, ports)).values()]
+        return found[0] if found else await loop.in_worker(installed.find_fault, self._settled.ruled)
 
     async def _settle(self) -> None:
         self._now = merge(self._configured, self._held)
         for vm, fact in self._now.refused.items():
             log.warning("VM %s: its network waits: %s", vm, fact)
         before = self._settled or Settled()
-        settled = await loop.in_worker(batch.settle, self._now.plan, frozenset(self._held))
+        settled = await loop.in_worker(
+            batch.settle, self._now.plan, frozenset(self._running), self._lent_file
+        )
         for tap, fault in settled.faults.items():
             if before.faults.get(tap) != fault:
                 log.error("%s", fault)
@@ -162,8 +177,9 @@ def _open_all(ports: Sequence[Port]) -> list[OpenPort]:
             seen = links.find_all()
         for port in ports:
             link = seen.get(port.tap)
-            if link is None:
-                raise StartFailed(f"the TAP '{port.tap}' is gone")
+            if link is None or link.tap is None or link.tap.queues:
+                # Of one with a single queue the kernel says so itself.
+                raise StartFailed(f"cannot open the TAP '{port.tap}': another process has it open")
             opened.append(OpenPort(port, open_queues(port.tap, link.index, port.queues)))
     except VmsiloError:
         for fd in (fd for each in opened for fd in each.tap_fds):

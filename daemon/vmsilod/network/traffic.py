@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class PortView:
     """`received` and `sent` are bytes as the VM sees them; `state` is up (the VM has it open), idle (nobody
-    has), down or broken, with `problem` for people. `denied` counts packets of the VM that the rules refused.
+    has) or broken, with `problem` for people. `denied` counts packets of the VM that the rules refused.
     """
 
     interface: str

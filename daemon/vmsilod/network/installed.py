@@ -1,0 +1,55 @@
+"""Whether the rules of a plan are installed, and their installation. All that the pool knows of nftables.
+
+Called by the batch and the pool, in a worker. The ruleset carries its own digest, so what is asked of the
+kernel is whether it has these very rules.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vmsilod.errors import VmsiloError
+from vmsilod.network import nft, ruleset
+
+if TYPE_CHECKING:
+    from vmsilod.network.plan import NetworkPlan
+
+
+def ensure_rules(plan: NetworkPlan, *, anew: bool) -> str:
+    """The fault, "" for none. `anew`: also where they are there, since a hook ends with its device."""
+    text = ruleset.render_ruleset(plan)
+    try:
+        if anew or not nft.is_installed(text):
+            nft.apply(text)
+            if not nft.is_installed(text):
+                return "the rules are not what was just installed"
+    except VmsiloError as error:
+        return error.message
+    return ""
+
+
+def find_fault(plan: NetworkPlan) -> str:
+    """Why the rules of this plan do not hold, "" if they do."""
+    try:
+        return "" if nft.is_installed(ruleset.render_ruleset(plan)) else "its rules are not installed"
+    except VmsiloError as error:
+        return error.message
+
+
+def has_rules() -> bool:
+    """Whether any rules of ours are there; False where that cannot be found out."""
+    try:
+        return nft.has_rules()
+    except VmsiloError:
+        return False
+
+
+def remove_rules() -> None:
+    """Nothing of ours is left to rule. Raises Failed."""
+    if nft.has_rules():
+        nft.remove()
+
+
+def find_denials() -> dict[str, int]:
+    """Packets refused, by TAP. Raises Failed."""
+    return nft.read_denials()

@@ -1,10 +1,9 @@
-"""Plans for the tests of the TAP pool, and the pool on a GLib loop."""
+"""VMs for the tests of the TAP pool, and the pool on a GLib loop."""
 
 from __future__ import annotations
 
 import os
 import subprocess
-from ipaddress import ip_interface
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
@@ -13,10 +12,15 @@ pytest.importorskip("gi", reason="needs python3-gi")
 
 from gi.repository import GLib
 from vmsilod import loop
-from vmsilod.network.plan import NetworkPlan, Port
+from vmsilod.config.model import VmConfig
+from vmsilod.config.schema import GlobalConfig
+from vmsilod.network.planning import plan_network
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
+
+    from vmsilod.network.plan import NetworkPlan
+    from vmsilod.network.pool import NetworkPool
 
 T = TypeVar("T")
 
@@ -39,23 +43,41 @@ def require_workers_here() -> None:
         pytest.skip("the workers are in another network namespace: run this folder by itself")
 
 
-def port(number: int, vm: str = "", **options: Any) -> Port:
-    """Of VM `vmNUMBER`, routed: 10.N.N.1/24 on the host, .2 in the guest."""
-    vm = vm or f"vm{number}"
+def vm(number: int, *, name: str = "", cpus: int = 1, **interface: Any) -> VmConfig:
+    """VM `vmNUMBER` with one interface, routed: 10.HIGH.LOW.1/24 on the host, .2 in the guest."""
+    name = name or f"vm{number}"
     high, low = divmod(number, 250)
-    options.setdefault("host_addresses", (ip_interface(f"10.{high}.{low}.1/24"),))
-    options.setdefault("addresses", (ip_interface(f"10.{high}.{low}.2/24"),))
-    return Port(
-        vm=vm,
-        interface=options.pop("interface", "eth0"),
-        tap=options.pop("tap", f"{vm}-0"),
-        mac=options.pop("mac", f"02:00:00:00:{high:02x}:{low:02x}"),
-        **options,
+    tap = {"host_address": f"10.{high}.{low}.1/24"} | interface.pop("tap", {})
+    options = {
+        "mac_address": f"02:00:00:00:{high:02x}:{low:02x}",
+        "addresses": [f"10.{high}.{low}.2/24"],
+        "tap": {key: value for key, value in tap.items() if value is not None},
+    } | interface
+    return VmConfig.model_validate(
+        {
+            **{"name": name, "user": "root", "memory": 512, "cpus": cpus, "color": "red", "vmm": "qemu"},
+            **{"image": "default", "start_timeout": 60, "stop_timeout": 60},
+            "network": {"interfaces": {"eth0": options}},
+        }
     )
 
 
-def plan(*ports: Port, nat: str = "") -> NetworkPlan:
-    return NetworkPlan(tuple(ports), nat)
+def bridged(number: int, bridge: str) -> VmConfig:
+    return vm(number, addresses=[], tap={"host_address": None, "bridge": bridge})
+
+
+def settings_of(nat: str) -> GlobalConfig:
+    host_networking = {"nat": {"enable": bool(nat), "interface": nat}}
+    return GlobalConfig.model_validate({"user": "root", "host_networking": host_networking})
+
+
+def applied(pool: NetworkPool, *vms: VmConfig, nat: str = "") -> None:
+    """The pool has taken over these VMs."""
+    run(pool.apply(settings_of(nat), {config.name: config for config in vms}))
+
+
+def plan_of(*vms: VmConfig, nat: str = "") -> NetworkPlan:
+    return plan_network(settings_of(nat), {config.name: config for config in vms})
 
 
 def ip(*arguments: str) -> str:

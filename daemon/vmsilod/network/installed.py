@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 def ensure_rules(plan: NetworkPlan, *, anew: bool) -> str:
     """The fault, "" for none. `anew`: also where they are there, since a hook ends with its device."""
-    text = ruleset.render_ruleset(plan)
     try:
+        text = _render(plan)
         if anew or not nft.is_installed(text):
             nft.apply(text)
             if not nft.is_installed(text):
@@ -31,7 +31,7 @@ def ensure_rules(plan: NetworkPlan, *, anew: bool) -> str:
 def find_fault(plan: NetworkPlan) -> str:
     """Why the rules of this plan do not hold, "" if they do."""
     try:
-        return "" if nft.is_installed(ruleset.render_ruleset(plan)) else "its rules are not installed"
+        return "" if nft.is_installed(_render(plan)) else "its rules are not installed"
     except VmsiloError as error:
         return error.message
 
@@ -53,3 +53,7 @@ def remove_rules() -> None:
 def find_denials() -> dict[str, int]:
     """Packets refused, by TAP. Raises Failed."""
     return nft.read_denials()
+
+
+def _render(plan: NetworkPlan) -> str:
+    return ruleset.render_ruleset(plan, nft.look_around(plan))

@@ -18,24 +18,26 @@ from vmsilod import loop
 from vmsilod.errors import StartFailed, VmsiloError
 from vmsilod.network import batch, installed, traffic
 from vmsilod.network.batch import Settled
-from vmsilod.network.effective import Effective, merge
 from vmsilod.network.forwarding import LENT_FILE
 from vmsilod.network.links import open_links
 from vmsilod.network.plan import NetworkPlan
+from vmsilod.network.planning import plan_network
 from vmsilod.network.sight import host_ports, judge, look
 from vmsilod.network.taps import open_queues
 from vmsilod.waiting import Lock
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from vmsilod.config.model import VmConfig
+    from vmsilod.config.schema import GlobalConfig
     from vmsilod.network.plan import Port
     from vmsilod.network.traffic import PortView
 
 log = logging.getLogger(__name__)
 
-RULES_HINT = "journalctl -u vmsilod; a VM with a network does not start without its rules"
+HINT = "journalctl -u vmsilod"
 
 
 @dataclass(frozen=True)
@@ -47,41 +49,41 @@ class OpenPort:
 
 
 class NetworkPool:
-    """`_held` has the ports of the VMs that run, as they were started; `_running` also names those of which
-    that cannot be told.
-    """
+    """`_running` has what each running VM was started with, None where that cannot be told."""
 
     def __init__(self, lent_file: Path = LENT_FILE) -> None:
         self._lent_file = lent_file
-        self._configured = NetworkPlan()
-        self._held: dict[str, tuple[Port, ...]] = {}
-        self._running: set[str] = set()
-        self._now = Effective()
+        self._settings: GlobalConfig | None = None
+        self._configured: dict[str, VmConfig] = {}
+        self._running: dict[str, VmConfig | None] = {}
+        self._plan = NetworkPlan()
         self._settled: Settled | None = None  # before the first apply
         self._lock = Lock()
         self._checking = False
 
-    async def apply(self, plan: NetworkPlan) -> None:
-        """Take over the configuration's plan. Never fails: what is wrong is told, and to whoever starts."""
+    async def apply(self, settings: GlobalConfig | None, vms: Mapping[str, VmConfig]) -> None:
+        """Take over a configuration; each VM's `vmm` is the one that it will have. With a broken global file
+        the last settings stay. Never fails: what is wrong is told, and to whoever starts.
+        """
         async with self._lock:
-            self._configured = plan
+            self._settings = settings or self._settings
+            self._configured = dict(vms)
             await self._settle()
 
     async def open(self, vm: str) -> list[OpenPort]:
         """In the order of the VM's configuration; [] for an offline VM. Raises StartFailed."""
         async with self._lock:
-            ports = self.ports_of(vm)
-            if not ports and vm not in self._now.refused:
+            withheld = dict(self._plan.withheld)
+            if not self.ports_of(vm) and vm not in withheld:
                 return []
-            if fault := await self._find_fault(vm):
+            if fault := withheld.get(vm, "") or await self._find_fault(vm):
                 # Once more, from the ground: what was in the way may be gone.
                 await self._settle()
-                fault = await self._find_fault(vm)
+                fault = dict(self._plan.withheld).get(vm, "") or await self._find_fault(vm)
             if fault:
-                raise StartFailed(f"the network of VM '{vm}' is not in place: {fault}", RULES_HINT)
+                raise StartFailed(f"the network of VM '{vm}' is not in place: {fault}", HINT)
             opened = await loop.in_worker(_open_all, self.ports_of(vm))
-            self._held[vm] = self.ports_of(vm)
-            self._running.add(vm)
+            self._running[vm] = self._configured[vm]
             return opened
 
     async def close(self, vm: str) -> None:
@@ -89,22 +91,23 @@ class NetworkPool:
         if vm not in self._running:
             return
         async with self._lock:
-            ports = self._held.pop(vm, ())
-            self._running.discard(vm)
-            if not ports or merge(self._configured, self._held) != self._now or await loop.in_worker(
-                _find_changed, ports
+            ports = self.ports_of(vm)
+            started = self._running.pop(vm, None)
+            if (
+                started is None
+                or self._make_plan() != self._plan
+                or await loop.in_worker(_are_changed, ports)
             ):
                 await self._settle()
 
-    async def repair(self, running: Iterable[str], plan: NetworkPlan) -> None:
-        """At start: the VMs that run, and the plan of what they were started with, as far as it is known."""
+    async def repair(self, running: Mapping[str, VmConfig | None]) -> None:
+        """At start: the VMs that run, with what they were started with, as far as it is known."""
         async with self._lock:
-            self._held = {port.vm: plan.ports_of(port.vm) for port in plan.ports}
-            self._running = {*running, *self._held}
+            self._running = dict(running)
 
     def ports_of(self, vm: str) -> tuple[Port, ...]:
         """Those in the host's own network that a start would get now, or that the running VM has."""
-        return tuple(port for port in host_ports(self._now.plan) if port.vm == vm)
+        return tuple(port for port in host_ports(self._plan) if port.vm == vm)
 
     async def find_views(self, vm: str) -> list[PortView]:
         """Raises Failed."""
@@ -131,19 +134,17 @@ class NetworkPool:
             if not ruled.ports or not await loop.in_worker(installed.find_fault, ruled):
                 return
             log.error("somebody removed or changed vmsilo's network rules; installing them again")
-            await loop.in_worker(batch.stop_forwarding, self._now.plan)
+            await loop.in_worker(batch.stop_forwarding, self._plan)
             await self._settle()
 
     async def _guard_links(self) -> None:
         async with self._lock:
             assert self._settled is not None
-            found = await loop.in_worker(_find_faults, host_ports(self._now.plan))
-            if found != dict(self._settled.judged) or not await loop.in_worker(batch.lends, self._now.plan):
+            ports = host_ports(self._plan)
+            if ports and not await loop.in_worker(_is_as_settled, ports, self._settled):
                 await self._settle()
 
     async def _find_fault(self, vm: str) -> str:
-        if vm in self._now.refused:
-            return self._now.refused[vm]
         if self._settled is None:
             return "it has not been set up yet"
         if self._settled.rules_fault:
@@ -153,14 +154,16 @@ class NetworkPool:
         found = [*known, *(await loop.in_worker(_find_faults, ports)).values()]
         return found[0] if found else await loop.in_worker(installed.find_fault, self._settled.ruled)
 
+    def _make_plan(self) -> NetworkPlan:
+        running = {name: config for name, config in self._running.items() if config is not None}
+        return plan_network(self._settings, self._configured, running)
+
     async def _settle(self) -> None:
-        self._now = merge(self._configured, self._held)
-        for vm, fact in self._now.refused.items():
-            log.warning("VM %s: its network waits: %s", vm, fact)
+        self._plan = self._make_plan()
+        for vm, fact in self._plan.withheld:
+            log.warning("VM %s cannot be started for now: %s", vm, fact)
         before = self._settled or Settled()
-        settled = await loop.in_worker(
-            batch.settle, self._now.plan, frozenset(self._running), self._lent_file
-        )
+        settled = await loop.in_worker(batch.settle, self._plan, frozenset(self._running), self._lent_file)
         for tap, fault in settled.faults.items():
             if before.faults.get(tap) != fault:
                 log.error("%s", fault)
@@ -197,7 +200,22 @@ def _find_faults(ports: Sequence[Port]) -> dict[str, str]:
     return {port.tap: fault for port in ports if (fault := judge(sight, port))}
 
 
-def _find_changed(ports: Sequence[Port]) -> bool:
+def _is_as_settled(ports: Sequence[Port], settled: Settled) -> bool:
+    """Blocks. False also where trying again may help."""
+    try:
+        faults = _find_faults(ports)
+    except VmsiloError as error:
+        log.error("%s", error)
+        return True
+    ruled = settled.ruled
+    return (
+        faults == dict(settled.judged)
+        and batch.lends(ruled)
+        and not (ruled.ports and installed.find_fault(ruled))
+    )
+
+
+def _are_changed(ports: Sequence[Port]) -> bool:
     """Blocks."""
     try:
         return bool(_find_faults(ports))

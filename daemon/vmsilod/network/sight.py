@@ -102,4 +102,3 @@ def judge_bridge(sight: Sight, port: Port) -> str:
     if bridge is None:
         return f"there is no bridge '{port.bridge}'"
     return "" if bridge.kind == "bridge" else f"'{port.bridge}' is not a bridge of the kernel"
-

@@ -24,8 +24,9 @@ GREETING = {"QMP": {"version": {"qemu": {"major": 10, "minor": 0, "micro": 0}}, 
 
 class QmpServer:
     """`devices` maps an id to what its descriptor leads to, for a network interface to its port. `netdevs`
-    maps an id to the descriptors of its queues, `ports` are free or taken by an id, `cut` are links set down.
-    `late` sends DEVICE_DELETED after the answer, `silent` never. The first device_add takes `slow` seconds.
+    maps an id to the descriptors of its queues, `ports` are free or taken by an id, `cut` are links set
+    down. `late` sends DEVICE_DELETED after the answer, `silent` never. The first device_add takes `slow`
+    seconds.
     """
 
     def __init__(

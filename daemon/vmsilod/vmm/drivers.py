@@ -50,17 +50,28 @@ class Driver:
     opens_by_path: bool = False
     """The VMM opens what it is passed once more, by /proc/self/fd and with its own rights: disks and the
     sockets of vhost-user devices too."""
+    multi_queue: bool = True
+    """It takes more than one queue of a TAP."""
+    vhost_net: bool = False
+    """It takes open vhost-net descriptors."""
     speaks_when_running: bool = False
     """Whether explain_exit needs guest_ran, and first_sign.py can find it out."""
 
 
 DRIVERS = {
-    VmmKind.CROSVM: Driver(crosvm.plan_launch, crosvm.explain_exit, CrosvmMonitor, socket.SOCK_SEQPACKET),
+    VmmKind.CROSVM: Driver(
+        crosvm.plan_launch,
+        crosvm.explain_exit,
+        CrosvmMonitor,
+        socket.SOCK_SEQPACKET,
+        multi_queue=False,
+    ),
     VmmKind.QEMU: Driver(
         qemu.plan_launch,
         qemu.explain_exit,
         QemuMonitor,
         socket.SOCK_STREAM,
+        vhost_net=True,
         speaks_when_running=True,
     ),
     VmmKind.CLOUD_HYPERVISOR: Driver(

@@ -15,12 +15,14 @@ from vmsilod import loop
 from vmsilod.config.model import VmConfig
 from vmsilod.config.schema import GlobalConfig
 from vmsilod.network.planning import plan_network
+from vmsilod.network.pool import NetworkPool
+from vmsilod.network.switch import Switches
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
+    from pathlib import Path
 
     from vmsilod.network.plan import NetworkPlan
-    from vmsilod.network.pool import NetworkPool
 
 T = TypeVar("T")
 
@@ -64,6 +66,26 @@ def vm(number: int, *, name: str = "", cpus: int = 1, **interface: Any) -> VmCon
 
 def bridged(number: int, bridge: str) -> VmConfig:
     return vm(number, addresses=[], tap={"host_address": None, "bridge": bridge})
+
+
+class NoNetworks:
+    """Holders of VM-to-VM networks where there is none."""
+
+    async def find(self) -> frozenset[str]:
+        return frozenset()
+
+    async def hold(self, networks: frozenset[str]) -> None:
+        assert not networks
+
+    async def open(self, network: str) -> int:
+        raise AssertionError(network)
+
+    async def release(self, networks: frozenset[str]) -> None:
+        assert not networks
+
+
+def pool_at(lent_file: Path) -> NetworkPool:
+    return NetworkPool(Switches(NoNetworks()), lent_file)
 
 
 def settings_of(nat: str) -> GlobalConfig:

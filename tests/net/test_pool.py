@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from pool_tools import applied, bridged, ip, nft, require_workers_here, run, taps_there, vm
+from pool_tools import applied, bridged, ip, nft, pool_at, require_workers_here, run, taps_there, vm
 from vmsilod.errors import StartFailed
 from vmsilod.network import taps
 from vmsilod.network.pool import NetworkPool
@@ -27,7 +27,7 @@ def workers_here() -> None:
 
 @pytest.fixture
 def pool(tmp_path: Path) -> NetworkPool:
-    return NetworkPool(tmp_path / "lent")
+    return pool_at(tmp_path / "lent")
 
 
 def close_all(opened: list[OpenPort]) -> None:
@@ -310,7 +310,7 @@ def test_forwarding_of_the_nat_interface_is_lent_and_given_back(pool: NetworkPoo
     assert sysctl("ipv4", "wan1", "forwarding") == "0"
     assert Path("/proc/sys/net/ipv4/ip_forward").read_text() == "0\n"
     assert Path("/proc/sys/net/ipv6/conf/all/forwarding").read_text() == "0\n"
-    again = NetworkPool(tmp_path / "lent")  # the next vmsilod knows what was there
+    again = pool_at(tmp_path / "lent")  # the next vmsilod knows what was there
     applied(again, vm(1), nat="wan0")
     applied(again, vm(1))
     assert sysctl("ipv4", "wan0", "forwarding") == "0"
@@ -346,7 +346,7 @@ def test_a_restarted_daemon_keeps_what_runs(pool: NetworkPool, tmp_path: Path) -
     opened = run(pool.open("vm1"))
     index = Path("/sys/class/net/vm1-0/ifindex").read_text()
     rules = nft("-a", "list", "ruleset")
-    again = NetworkPool(tmp_path / "lent")
+    again = pool_at(tmp_path / "lent")
     run(again.repair({"vm1": vm(1)}))
     applied(again, vm(1), vm(2))
     assert nft("-a", "list", "ruleset") == rules  # the same handles: nothing was installed anew
@@ -363,7 +363,7 @@ def test_a_running_vm_of_which_nothing_is_known_keeps_its_tap_down(
 ) -> None:
     applied(pool, vm(1))
     opened = run(pool.open("vm1"))
-    again = NetworkPool(tmp_path / "lent")
+    again = pool_at(tmp_path / "lent")
     run(again.repair({"vm1": None}))
     applied(again)
     assert taps_there() == {"vm1-0"}

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from pool_tools import applied, bridged, ip, nft, plan_of, require_workers_here, run, taps_there, vm
+from pool_tools import applied, bridged, ip, nft, plan_of, pool_at, require_workers_here, run, taps_there, vm
 from vmsilod.network import batch
-from vmsilod.network.pool import NetworkPool
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -87,22 +86,22 @@ def test_a_batch_that_dies_is_finished_by_the_next(
     before: tuple[VmConfig, ...], after: tuple[VmConfig, ...], tmp_path: Path
 ) -> None:
     lent = tmp_path / "lent"
-    applied(NetworkPool(lent), *before, nat="wan0" if before else "")
-    applied(NetworkPool(lent), *after, nat="wan0" if after else "")
+    applied(pool_at(lent), *before, nat="wan0" if before else "")
+    applied(pool_at(lent), *after, nat="wan0" if after else "")
     wanted = snapshot(lent)
     step = 0
     died = True
     while died:
-        applied(NetworkPool(lent))
+        applied(pool_at(lent))
         assert taps_there() == FOREIGN
-        applied(NetworkPool(lent), *before, nat="wan0" if before else "")
+        applied(pool_at(lent), *before, nat="wan0" if before else "")
         died = die_at(step, after, lent)
         check_closed()
-        applied(NetworkPool(lent), *after, nat="wan0" if after else "")
+        applied(pool_at(lent), *after, nat="wan0" if after else "")
         assert snapshot(lent) == wanted, f"killed at step {step}"
         step += 1
     assert step > 5
-    applied(NetworkPool(lent))
+    applied(pool_at(lent))
     assert taps_there() == FOREIGN
     assert nft("list", "ruleset") == ""
     assert Path("/proc/sys/net/ipv4/conf/wan0/forwarding").read_text() == "0\n"
@@ -110,13 +109,13 @@ def test_a_batch_that_dies_is_finished_by_the_next(
 
 def test_a_vm_that_runs_keeps_its_tap_through_a_crash(tmp_path: Path) -> None:
     lent = tmp_path / "lent"
-    pool = NetworkPool(lent)
+    pool = pool_at(lent)
     applied(pool, *BEFORE)
     (opened,) = run(pool.open("vm1"))
     index = Path("/sys/class/net/vm1-0/ifindex").read_text()
     for step in (0, 5, 10, 15, 20):
         die_at(step, BEFORE, lent)
-        again = NetworkPool(lent)
+        again = pool_at(lent)
         run(again.repair({"vm1": BEFORE[0]}))
         applied(again, *AFTER)
         assert Path("/sys/class/net/vm1-0/ifindex").read_text() == index

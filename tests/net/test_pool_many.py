@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from pool_tools import applied, bridged, ip, nft, require_workers_here, run, taps_there, vm
+from pool_tools import applied, bridged, ip, nft, pool_at, require_workers_here, run, taps_there, vm
 from vmsilod import loop
 from vmsilod.network.pool import NetworkPool
 from vmsilod.network.watch import NetworkWatch
@@ -27,7 +27,7 @@ def workers_here() -> None:
 
 @pytest.fixture
 def pool(tmp_path: Path) -> NetworkPool:
-    return NetworkPool(tmp_path / "lent")
+    return pool_at(tmp_path / "lent")
 
 
 @pytest.fixture

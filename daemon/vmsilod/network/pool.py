@@ -30,10 +30,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from vmsilod.bus.views import NetworkView
     from vmsilod.config.model import VmConfig
     from vmsilod.config.schema import GlobalConfig
     from vmsilod.network.plan import Port
-    from vmsilod.network.traffic import PortView
+    from vmsilod.network.switch import Switches
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,8 @@ class OpenPort:
 class NetworkPool:
     """`_running` has what each running VM was started with, None where that cannot be told."""
 
-    def __init__(self, lent_file: Path = LENT_FILE) -> None:
+    def __init__(self, switches: Switches, lent_file: Path = LENT_FILE) -> None:
+        self._switches = switches
         self._lent_file = lent_file
         self._settings: GlobalConfig | None = None
         self._configured: dict[str, VmConfig] = {}
@@ -82,7 +84,7 @@ class NetworkPool:
                 fault = dict(self._plan.withheld).get(vm, "") or await self._find_fault(vm)
             if fault:
                 raise StartFailed(f"the network of VM '{vm}' is not in place: {fault}", HINT)
-            opened = await loop.in_worker(_open_all, self.ports_of(vm))
+            opened = await self._open_all(self.ports_of(vm))
             self._running[vm] = self._configured[vm]
             return opened
 
@@ -91,7 +93,7 @@ class NetworkPool:
         if vm not in self._running:
             return
         async with self._lock:
-            ports = self.ports_of(vm)
+            ports = self._host_ports_of(vm)
             started = self._running.pop(vm, None)
             if (
                 started is None
@@ -106,12 +108,12 @@ class NetworkPool:
             self._running = dict(running)
 
     def ports_of(self, vm: str) -> tuple[Port, ...]:
-        """Those in the host's own network that a start would get now, or that the running VM has."""
-        return tuple(port for port in host_ports(self._plan) if port.vm == vm)
+        """Those that a start would get now, or that the running VM has."""
+        return self._plan.ports_of(vm)
 
-    async def find_views(self, vm: str) -> list[PortView]:
+    async def find_views(self, vm: str) -> list[NetworkView]:
         """Raises Failed."""
-        ports = self.ports_of(vm)
+        ports = self._host_ports_of(vm)
         faults = self._settled.faults if self._settled is not None else {}
         return await loop.in_worker(traffic.find_views, ports, faults) if ports else []
 
@@ -149,10 +151,30 @@ class NetworkPool:
             return "it has not been set up yet"
         if self._settled.rules_fault:
             return f"its rules cannot be installed: {self._settled.rules_fault}"
-        ports = self.ports_of(vm)
+        ports = self._host_ports_of(vm)
         known = [self._settled.faults[port.tap] for port in ports if port.tap in self._settled.faults]
         found = [*known, *(await loop.in_worker(_find_faults, ports)).values()]
         return found[0] if found else await loop.in_worker(installed.find_fault, self._settled.ruled)
+
+    def _host_ports_of(self, vm: str) -> tuple[Port, ...]:
+        return tuple(port for port in host_ports(self._plan) if port.vm == vm)
+
+    async def _open_all(self, ports: Sequence[Port]) -> list[OpenPort]:
+        opened: list[OpenPort] = []
+        try:
+            for port in ports:
+                if port.link:
+                    raise StartFailed(f"'{port.interface}' of VM '{port.vm}' is a macvtap, which cannot be made yet")
+                if port.network:
+                    fds = await self._switches.open(port)
+                else:
+                    fds = await loop.in_worker(_open_port, port)
+                opened.append(OpenPort(port, fds))
+        except BaseException:
+            for fd in (fd for each in opened for fd in each.tap_fds):
+                os.close(fd)
+            raise
+        return opened
 
     def _make_plan(self) -> NetworkPlan:
         running = {name: config for name, config in self._running.items() if config is not None}
@@ -170,25 +192,17 @@ class NetworkPool:
         if settled.rules_fault and settled.rules_fault != before.rules_fault:
             log.error("the network rules cannot be installed: %s", settled.rules_fault)
         self._settled = settled
+        await self._switches.apply(self._plan)
 
 
-def _open_all(ports: Sequence[Port]) -> list[OpenPort]:
+def _open_port(port: Port) -> list[int]:
     """Blocks."""
-    opened: list[OpenPort] = []
-    try:
-        with open_links() as links:
-            seen = links.find_all()
-        for port in ports:
-            link = seen.get(port.tap)
-            if link is None or link.tap is None or link.tap.queues:
-                # Of one with a single queue the kernel says so itself.
-                raise StartFailed(f"cannot open the TAP '{port.tap}': another process has it open")
-            opened.append(OpenPort(port, open_queues(port.tap, link.index, port.queues)))
-    except VmsiloError:
-        for fd in (fd for each in opened for fd in each.tap_fds):
-            os.close(fd)
-        raise
-    return opened
+    with open_links() as links:
+        link = links.find_all().get(port.tap)
+    if link is None or link.tap is None or link.tap.queues:
+        # Of one with a single queue the kernel says so itself.
+        raise StartFailed(f"cannot open the TAP '{port.tap}': another process has it open")
+    return open_queues(port.tap, link.index, port.queues)
 
 
 def _find_faults(ports: Sequence[Port]) -> dict[str, str]:

@@ -36,8 +36,8 @@ def look(links: Links) -> Sight:
 
 
 def host_ports(plan: NetworkPlan) -> tuple[Port, ...]:
-    """Those in the host's own network; the others are the switch's."""
-    return tuple(port for port in plan.ports if not port.network)
+    """The TAPs of the host's own network; those of VM-to-VM networks are the switch's."""
+    return tuple(port for port in plan.ports if not port.network and not port.link)
 
 
 def is_ours(link: Link) -> bool:

@@ -24,7 +24,9 @@ IFF_TAP, IFF_NO_PI = 0x0002, 0x1000
 CLONE_NEWNET = 0x40000000
 FRAME_MAX = 65536
 WAIT = 2.0
-"""Seconds for what must arrive; what must not is waited for by a frame sent behind it."""
+"""Seconds for what must arrive."""
+SHORT = 0.2
+"""Seconds after which what was dropped would have been there."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -68,7 +70,7 @@ class Tap:
         return None
 
     def host_mac(self) -> str:
-        return Path(f"/sys/class/net/{self.name}/address").read_text().strip()
+        return mac_of(self.name)
 
     def close(self) -> None:
         os.close(self.fd)
@@ -96,19 +98,19 @@ class Peer:
         with self.entered():
             ip(line)
 
-    def udp_socket(self, port: int, *, version: int = 4) -> socket.socket:
-        return self.bound(socket.SOCK_DGRAM, port, version)
+    def udp_socket(self, port: int, address: str = "0.0.0.0") -> socket.socket:
+        return self._bound(socket.SOCK_DGRAM, port, address)
 
-    def listener(self, port: int, *, version: int = 4) -> socket.socket:
-        found = self.bound(socket.SOCK_STREAM, port, version)
+    def listener(self, port: int, address: str = "0.0.0.0") -> socket.socket:
+        found = self._bound(socket.SOCK_STREAM, port, address)
         found.listen()
         return found
 
-    def bound(self, kind: socket.SocketKind, port: int, version: int) -> socket.socket:
+    def _bound(self, kind: socket.SocketKind, port: int, address: str) -> socket.socket:
         with self.entered():
-            found = socket.socket(socket.AF_INET if version == 4 else socket.AF_INET6, kind)
+            found = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, kind)
         found.settimeout(WAIT)
-        found.bind(("", port))
+        found.bind((address, port))
         return found
 
     def raw_socket(self) -> socket.socket:
@@ -146,16 +148,22 @@ def peer(link: str, *addresses: str) -> Iterator[Peer]:
     try:
         ip(f"link add {link} type veth peer name eth0 netns /proc/{os.getpid()}/fd/{fd}")
         made = Peer(fd, link)
-        made.ip("link set eth0 up")
-        ip(f"link set {link} up")
+        # A link-local address that is still checked cannot ask for neighbours.
+        set_sysctl(f"net/ipv6/conf/{link}/accept_dad", "0")
         with made.entered():
             set_sysctl("net/ipv6/conf/eth0/accept_dad", "0")
+        made.ip("link set eth0 up")
+        ip(f"link set {link} up")
         for address in addresses:
             made.ip(f"addr add {address} dev eth0{' nodad' if ':' in address else ''}")
         yield made
     finally:
         subprocess.run(["ip", "link", "del", link], capture_output=True, check=False)
         os.close(fd)
+
+
+def mac_of(name: str) -> str:
+    return Path(f"/sys/class/net/{name}/address").read_text().strip()
 
 
 def received(udp: socket.socket, seconds: float = WAIT) -> tuple[bytes, str] | None:
@@ -166,3 +174,14 @@ def received(udp: socket.socket, seconds: float = WAIT) -> tuple[bytes, str] | N
     except TimeoutError:
         return None
     return data, sender[0]
+
+
+def heard(line: socket.socket, wanted: bytes) -> bool:
+    """Whether a frame with `wanted` comes by before it has been quiet for a moment."""
+    line.settimeout(SHORT)
+    try:
+        while wanted not in line.recv(FRAME_MAX):
+            pass
+    except TimeoutError:
+        return False
+    return True

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 ALIAS = "vmsilo-macvtap:"
 GROUP = 0x766F
-"""The link group of macvtaps that vmsilo made: a device has it from its first moment, an alias only later."""
+"""The link group of the macvtaps of vmsilo: a device has it from its first moment, an alias only later."""
 _DEVICES = Path("/dev")
 _CLASS = Path("/sys/class/net")
 

@@ -18,7 +18,6 @@ from vmsilod.vmm.choose import KvmStatus, probe_kvm
 
 RELAY_GROUP = "vmsilo"
 SECURITY_MODULES = Path("/sys/kernel/security/lsm")
-VHOST_NET = Path("/dev/vhost-net")
 LANDLOCK_SINCE = (6, 2)  # ABI 3, which cloud-hypervisor insists on
 LIBDIR = Path(os.environ.get("VMSILO_LIBDIR", "/usr/local/lib/vmsilo"))
 
@@ -33,7 +32,6 @@ class Host:
     groups: frozenset[str]
     kvm: KvmStatus
     landlock: bool = False
-    vhost_net: bool = False
 
     @property
     def hybrid(self) -> bool:
@@ -55,21 +53,7 @@ def probe_host() -> Host:
     kernel = vsock.has_kernel_vsock()
     hybrid = None if kernel else vsock.find_hybrid_device()
     groups = frozenset(group.gr_name for group in grp.getgrall())
-    return Host(
-        *(relay_gid, kernel, hybrid, groups),
-        kvm=probe_kvm(),
-        landlock=has_landlock(),
-        vhost_net=has_vhost_net(),
-    )
-
-
-def has_vhost_net(device: Path = VHOST_NET) -> bool:
-    """Opening the node loads the module where there is one."""
-    try:
-        os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
-    except OSError:
-        return False
-    return True
+    return Host(relay_gid, kernel, hybrid, groups, kvm=probe_kvm(), landlock=has_landlock())
 
 
 def has_landlock(modules: Path = SECURITY_MODULES, release: str | None = None) -> bool:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from vmsilod.resources.vhost_user import Account
-    from vmsilod.vmm.launch import NetDevice
 
 SECRET_BYTES = 32
 HYBRID_READY_SECONDS = 10.0
@@ -71,7 +70,6 @@ class Acquired:
     host_port_fd: int | None
     root_pmem: bool = False
     vhost_user_fds: list[int] = field(default_factory=list)
-    nets: tuple[NetDevice, ...] = ()
 
     def channel(self, uid: int) -> dict[str, Any]:
         """How the relay reaches the guest."""
@@ -88,8 +86,7 @@ class Acquired:
             self.device_fd,
             self.host_port_fd,
         )
-        net_fds = [fd for net in self.nets for fd in net.fds]
-        return [*(fd for fd in every if fd is not None), *self.vhost_user_fds, *net_fds]
+        return [*(fd for fd in every if fd is not None), *self.vhost_user_fds]
 
 
 def acquire(request: Request) -> Acquired:

@@ -64,7 +64,6 @@ def leases_of(config: VmConfig, peer: Peer, acquired: Acquired, kind: VmmKind, h
             acquired.root_fd, config.root_disk_readonly, pmem=acquired.root_pmem and DRIVERS[kind].pmem_root
         ),
         vhost_user_fds=tuple(acquired.vhost_user_fds),
-        nets=acquired.nets,
     )
 
 

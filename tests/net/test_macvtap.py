@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import pytest
 from vmsilod.errors import Failed, StartFailed
 from vmsilod.network import macvtap
-from vmsilod.network.devices import read_name
 from vmsilod.network.plan import Port
+from vmsilod.network.stand_ins import read_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

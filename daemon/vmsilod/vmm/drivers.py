@@ -52,8 +52,6 @@ class Driver:
     sockets of vhost-user devices too."""
     looks_up_tap: bool = False
     """It asks for the MTU of a TAP by its name, in its own network namespace."""
-    vhost_net: bool = False
-    """It takes open vhost-net descriptors."""
     speaks_when_running: bool = False
     """Whether explain_exit needs guest_ran, and first_sign.py can find it out."""
 
@@ -71,7 +69,6 @@ DRIVERS = {
         qemu.explain_exit,
         QemuMonitor,
         socket.SOCK_STREAM,
-        vhost_net=True,
         speaks_when_running=True,
     ),
     VmmKind.CLOUD_HYPERVISOR: Driver(

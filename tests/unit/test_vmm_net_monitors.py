@@ -105,13 +105,23 @@ def info_with(*devices: str) -> tuple[int, bytes]:
 
 def test_an_interface_of_cloud_hypervisor_comes(path: Path, net: NetDevice) -> None:
     added = 200, b'{"id":"net-lan","bdf":"0000:00:06.0"}'
-    with cloud_hypervisor_that_answers(path, {"vm.add-net": added}) as server:
+    answers = {"vm.info": info_with("_disk0"), "vm.add-net": added}
+    with cloud_hypervisor_that_answers(path, answers) as server:
         CloudHypervisorMonitor(path).attach_net(replace(net, vhost_fds=()))
         with pytest.raises(MonitorRefused):
             CloudHypervisorMonitor(path).attach_net(net)
     body = {"id": "net-lan", "mac": "02:00:00:00:00:02", "num_queues": 4}
-    assert server.requests == [("PUT", "vm.add-net", body)]
+    assert server.requests[1:] == [("PUT", "vm.add-net", body)]
     assert server.files == ["/dev/null", "/dev/null"]
+
+
+def test_cloud_hypervisor_is_not_sent_an_interface_that_it_has(path: Path, net: NetDevice) -> None:
+    with (
+        cloud_hypervisor_that_answers(path, {"vm.info": info_with("net-lan")}) as server,
+        pytest.raises(MonitorRefused, match="already"),
+    ):
+        CloudHypervisorMonitor(path).attach_net(replace(net, vhost_fds=()))
+    assert not server.files
 
 
 @contextmanager

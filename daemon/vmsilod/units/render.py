@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from vmsilod.units.hardening import (
     HELPER,
     VMM_EVERY,
+    VMM_INET,
     VMM_LIBUSB,
     VMM_SANDBOXED_BY_BOTH,
     VMM_SANDBOXED_BY_ITSELF,
@@ -247,7 +248,8 @@ LimitNOFILE=65536
 LimitCORE=0
 {_render_pci(vm)}
 {VMM_EVERY}
-{_SANDBOXES[context.vmm]}{VMM_LIBUSB if vm.wants_usb and context.vmm == "qemu" else ""}"""
+{_SANDBOXES[context.vmm]}{VMM_LIBUSB if vm.wants_usb and context.vmm == "qemu" else ""}\
+{VMM_INET if vm.network.interfaces and context.vmm == "crosvm" else ""}"""
 
 
 def _render_pci(vm: VmConfig) -> str:

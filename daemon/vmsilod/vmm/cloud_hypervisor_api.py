@@ -84,6 +84,9 @@ class CloudHypervisorMonitor:
         if net.vhost_fds:
             raise MonitorRefused("cloud-hypervisor has no vhost-net")
         check_device(net)
+        if self._has_device(net.id):
+            # It would refuse, and keep the descriptors open until it ends (version 53).
+            raise MonitorRefused(f"the VM has a network interface {net.name} already")
         wanted = {"id": net.id, "mac": net.mac, "num_queues": 2 * len(net.tap_fds)}
         self.request("PUT", "vm.add-net", wanted, net.tap_fds)
 

@@ -50,10 +50,8 @@ class Driver:
     opens_by_path: bool = False
     """The VMM opens what it is passed once more, by /proc/self/fd and with its own rights: disks and the
     sockets of vhost-user devices too."""
-    multi_queue: bool = True
-    """It takes more than one queue of a TAP."""
-    vhost_net: bool = False
-    """It takes open vhost-net descriptors."""
+    looks_up_tap: bool = False
+    """It asks for the MTU of a TAP by its name, in its own network namespace."""
     speaks_when_running: bool = False
     """Whether explain_exit needs guest_ran, and first_sign.py can find it out."""
 
@@ -64,14 +62,13 @@ DRIVERS = {
         crosvm.explain_exit,
         CrosvmMonitor,
         socket.SOCK_SEQPACKET,
-        multi_queue=False,
+        looks_up_tap=True,
     ),
     VmmKind.QEMU: Driver(
         qemu.plan_launch,
         qemu.explain_exit,
         QemuMonitor,
         socket.SOCK_STREAM,
-        vhost_net=True,
         speaks_when_running=True,
     ),
     VmmKind.CLOUD_HYPERVISOR: Driver(

@@ -19,7 +19,7 @@ SPARE_PORTS = 4
 PORT_ID = "netport"
 FIRST_CHASSIS = 100
 # What every VMM takes unquoted in the name of a device; a part of what Linux allows in an interface's name.
-_INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,14}")
+_INTERFACE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}")
 _MAC = re.compile(r"[0-9a-f][02468ace](:[0-9a-f]{2}){5}")
 
 

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 
 from vmsilod import loop
 from vmsilod.errors import StartFailed
+from vmsilod.network.stand_ins import place_stand_ins
 from vmsilod.vmm.choose import VmmKind
+from vmsilod.vmm.drivers import DRIVERS
 from vmsilod.vmm.launch import NetDevice
 
 if TYPE_CHECKING:
@@ -36,8 +38,8 @@ class Interfaces:
         return [fd for net in self.nets for fd in net.fds]
 
 
-async def open_interfaces(pool: NetworkPool, vm: str, kind: VmmKind) -> Interfaces:
-    """Raises StartFailed, and then nothing is open."""
+async def open_interfaces(pool: NetworkPool, vm: str, kind: VmmKind, launcher: int) -> Interfaces:
+    """`launcher` is the process that becomes the VMM. Raises StartFailed, and then nothing is open."""
     opened = await pool.open(vm)
     if not opened:
         return Interfaces()
@@ -48,11 +50,20 @@ async def open_interfaces(pool: NetworkPool, vm: str, kind: VmmKind) -> Interfac
         for fd in (fd for each in opened for fd in each.tap_fds):
             os.close(fd)
         raise
+    ports = tuple(each.port for each in opened)
     nets = tuple(
         NetDevice(each.port.interface, each.port.mac, tuple(each.tap_fds), tuple(fds))
         for each, fds in zip(opened, vhost, strict=True)
     )
-    return Interfaces(tuple(each.port for each in opened), nets)
+    interfaces = Interfaces(ports, nets)
+    if DRIVERS[kind].looks_up_tap:
+        try:
+            await loop.in_worker(place_stand_ins, nets, launcher)
+        except BaseException:
+            for fd in interfaces.fds():
+                os.close(fd)
+            raise
+    return interfaces
 
 
 def open_vhost(opened: OpenPort, node: Path = VHOST_NET) -> Sequence[int]:

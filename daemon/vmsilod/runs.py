@@ -151,7 +151,7 @@ class Runs:
             owner=find_uid(config.user),
         )
         await self._pci.start(vm.name, peer.uid, [device.path for device in config.pci_devices])
-        interfaces = await open_interfaces(self._network, vm.name, choice.kind)
+        interfaces = await open_interfaces(self._network, vm.name, choice.kind, peer.pid)
         held, terminals = interfaces.fds(), list[int]()
         try:
             request = dataclasses.replace(request, network_files=plan_guest_files(interfaces.ports))

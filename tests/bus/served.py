@@ -18,7 +18,7 @@ from gi.repository import GLib
 from vmsilod import loop
 from vmsilod.bus.polkit import Limits, Polkit
 from vmsilod.bus.service import connect, serve
-from vmsilod.bus.views import Change, Reloaded, UsbView, VmRemoved, VmView
+from vmsilod.bus.views import Change, NetworkView, Reloaded, UsbView, VmRemoved, VmView
 from vmsilod.errors import BadRequest, Busy, ConfigBroken, NoSuchVm, NotRunning, StartFailed, Timeout
 from vmsilod.pci.address import parse_address
 from vmsilod.pci.ledger import PciView

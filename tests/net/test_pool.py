@@ -12,10 +12,9 @@ import pytest
 from pool_tools import applied, bridged, ip, nft, pool_at, require_workers_here, run, taps_there, vm
 from vmsilod.errors import StartFailed
 from vmsilod.network import taps
-from vmsilod.network.pool import NetworkPool
 
 if TYPE_CHECKING:
-    from vmsilod.network.pool import OpenPort
+    from vmsilod.network.pool import NetworkPool, OpenPort
 
 NOBODY = 65534
 

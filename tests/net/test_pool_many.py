@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import pytest
 from pool_tools import applied, bridged, ip, nft, pool_at, require_workers_here, run, taps_there, vm
 from vmsilod import loop
-from vmsilod.network.pool import NetworkPool
 from vmsilod.network.watch import NetworkWatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from vmsilod.network.pool import NetworkPool
 
 MANY = 500
 
@@ -35,6 +36,7 @@ def watched(pool: NetworkPool) -> Iterator[NetworkPool]:
     watch = NetworkWatch(pool.rules_touched, pool.links_touched)
     yield pool
     watch.close()
+    applied(pool)  # whatever it had begun is done
 
 
 def until(condition: Callable[[], bool], seconds: float = 20) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from vmsilod.errors import Failed, VmsiloError
 from vmsilod.network import forwarding, installed, taps
-from vmsilod.network.links import open_links
+from vmsilod.network.links import has_devices, open_links
 from vmsilod.network.plan import NetworkPlan
 from vmsilod.network.sight import (
     alias_of,
@@ -63,6 +63,8 @@ def settle(plan: NetworkPlan, running: frozenset[str], lent_file: Path = forward
     faults: dict[str, str] = {}
     judged: dict[str, str] = {}
     ruled = NetworkPlan()
+    if not ports and not has_devices():
+        return _clear(lent_file)
     try:
         with open_links() as links:
             batch = _Batch(links, ports, running, faults)
@@ -80,6 +82,15 @@ def settle(plan: NetworkPlan, running: frozenset[str], lent_file: Path = forward
         for port in ports:
             faults.setdefault(port.tap, error.message)
     return Settled(ruled, MappingProxyType(faults), judged=MappingProxyType(judged))
+
+
+def _clear(lent_file: Path) -> Settled:
+    try:
+        installed.remove_rules()
+        forwarding.lend_forwarding("", lent_file)
+    except VmsiloError as error:
+        log.error("%s", error)
+    return Settled()
 
 
 def lends(plan: NetworkPlan) -> bool:

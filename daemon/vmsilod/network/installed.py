@@ -9,10 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vmsilod.errors import VmsiloError
-from vmsilod.network import nft, ruleset
+from vmsilod.network import macvtap, nft, ruleset
 
 if TYPE_CHECKING:
-    from vmsilod.network.plan import NetworkPlan
+    from collections.abc import Iterable
+
+    from vmsilod.network.plan import NetworkPlan, Port
 
 
 def ensure_rules(plan: NetworkPlan, *, anew: bool) -> str:
@@ -48,6 +50,19 @@ def remove_rules() -> None:
     """Nothing of ours is left to rule. Raises Failed."""
     if nft.has_rules():
         nft.remove()
+
+
+def ensure_filters(ports: Iterable[Port]) -> None:
+    """What macvtaps that are open may send. Raises Failed."""
+    for port in ports:
+        if not nft.has_chain("netdev", macvtap.table_of(port), macvtap.CHAIN):
+            nft.load(macvtap.render_filter(port))
+
+
+def remove_filters(ports: Iterable[Port]) -> None:
+    """Raises Failed."""
+    for port in ports:
+        nft.load(macvtap.render_removal(port))
 
 
 def find_denials() -> dict[str, int]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from vmsilod import loop
 from vmsilod.errors import StartFailed, VmsiloError
-from vmsilod.network import batch, installed, traffic
+from vmsilod.network import batch, installed, macvtap, nft, traffic
 from vmsilod.network.batch import Settled
 from vmsilod.network.forwarding import LENT_FILE
 from vmsilod.network.links import open_links
@@ -95,6 +95,7 @@ class NetworkPool:
         async with self._lock:
             ports = self._host_ports_of(vm)
             started = self._running.pop(vm, None)
+            await self._release_macvtaps(self.ports_of(vm))
             if (
                 started is None
                 or self._make_plan() != self._plan
@@ -106,6 +107,10 @@ class NetworkPool:
         """At start: the VMs that run, with what they were started with, as far as it is known."""
         async with self._lock:
             self._running = dict(running)
+            try:
+                await loop.in_worker(macvtap.release_others, frozenset(running))
+            except VmsiloError as error:
+                log.error("%s", error)
 
     def ports_of(self, vm: str) -> tuple[Port, ...]:
         """Those that a start would get now, or that the running VM has."""
@@ -132,6 +137,11 @@ class NetworkPool:
         async with self._lock:
             self._checking = False
             assert self._settled is not None
+            open_macvtaps = [port for port in self._plan.ports if port.link and port.vm in self._running]
+            try:
+                await loop.in_worker(installed.ensure_filters, open_macvtaps)
+            except VmsiloError as error:
+                log.error("%s", error)
             ruled = self._settled.ruled
             if not ruled.ports or not await loop.in_worker(installed.find_fault, ruled):
                 return
@@ -149,9 +159,11 @@ class NetworkPool:
     async def _find_fault(self, vm: str) -> str:
         if self._settled is None:
             return "it has not been set up yet"
+        ports = self._host_ports_of(vm)
+        if not ports:
+            return ""
         if self._settled.rules_fault:
             return f"its rules cannot be installed: {self._settled.rules_fault}"
-        ports = self._host_ports_of(vm)
         known = [self._settled.faults[port.tap] for port in ports if port.tap in self._settled.faults]
         found = [*known, *(await loop.in_worker(_find_faults, ports)).values()]
         return found[0] if found else await loop.in_worker(installed.find_fault, self._settled.ruled)
@@ -164,8 +176,8 @@ class NetworkPool:
         try:
             for port in ports:
                 if port.link:
-                    raise StartFailed(f"'{port.interface}' of VM '{port.vm}' is a macvtap, which cannot be made yet")
-                if port.network:
+                    fds = await loop.in_worker(macvtap.acquire, port, nft.load)
+                elif port.network:
                     fds = await self._switches.open(port)
                 else:
                     fds = await loop.in_worker(_open_port, port)
@@ -173,8 +185,15 @@ class NetworkPool:
         except BaseException:
             for fd in (fd for each in opened for fd in each.tap_fds):
                 os.close(fd)
+            await self._release_macvtaps([each.port for each in opened])
             raise
         return opened
+
+    async def _release_macvtaps(self, ports: Sequence[Port]) -> None:
+        try:
+            await loop.in_worker(_release_macvtaps, [port for port in ports if port.link])
+        except VmsiloError as error:
+            log.error("%s", error)
 
     def _make_plan(self) -> NetworkPlan:
         running = {name: config for name, config in self._running.items() if config is not None}
@@ -193,6 +212,13 @@ class NetworkPool:
             log.error("the network rules cannot be installed: %s", settled.rules_fault)
         self._settled = settled
         await self._switches.apply(self._plan)
+
+
+def _release_macvtaps(ports: Sequence[Port]) -> None:
+    """Blocks."""
+    for vm in {port.vm for port in ports}:
+        macvtap.release(vm)
+    installed.remove_filters(ports)
 
 
 def _open_port(port: Port) -> list[int]:

@@ -25,7 +25,7 @@ NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
 # A network that the host is in counts for the rules, so its addresses are watched too.
 RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR = 1 << 0, 1 << 4, 1 << 8
 NFNLGRP_NFTABLES = 7
-OUR_TABLES = b"vmsilo\0"
+OUR_TABLES = b"vmsilo"
 EVENT_MAX = 65536
 READS_PER_TURN = 256
 SETTLE_SECONDS = 0.3

@@ -154,7 +154,12 @@ class ControlServer:
             else:
                 prepared = await self._handler.prepare(peer, fds)
                 launch = prepared.launch
-                reply = {"argv": launch.argv, "env": dict(launch.env), "stdio": prepared.stdio}
+                reply = {
+                    "argv": launch.argv,
+                    "env": dict(launch.env),
+                    "stdio": prepared.stdio,
+                    "own_terminal": launch.own_terminal and bool(prepared.stdio),
+                }
         except VmsiloError as error:
             log.warning("VM %s: %s", peer.name, error)
             reply = {"error": {"code": error.code, "message": str(error), "hint": error.hint}}

@@ -29,7 +29,7 @@ LAYERS = (
     {"vmsilod.errors"},
     {"vmsilod.loop"},
     {"vmsilod.waiting"},
-    {"vmsilod.pci", "vmsilod.network.plan"},
+    {"vmsilod.pci", "vmsilod.network.plan", "vmsilod.network.names"},
     {"vmsilod.config", "vmsilod.resources", "vmsilod.vmm", "vmsilod.systemd"},
     {"vmsilod.restart", "vmsilod.first_sign"},
     {"vmsilod.units", "vmsilod.bus", "vmsilod.host"},

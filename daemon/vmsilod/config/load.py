@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -168,25 +168,31 @@ def _validate(
         for error in exc.errors(include_url=False):
             fact, hint = describe_error(error, _find_known_keys(model, error["loc"]))
             place = error["loc"][:-1] if error["type"] == "extra_forbidden" else error["loc"]
-            key = ".".join(printable(part) for part in place)
+            key = ".".join(printable(part) for part in place if part != "[key]")
             file = document.find_origin(tuple(str(part) for part in error["loc"]))
             problems.append(Problem(file, key, fact, hint, vm))
         return None, problems
 
 
 def _find_known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """The keys of the table that holds `location`."""
+    """The keys of the table that holds `location`; none where that is a table of names of the file's own."""
+    annotation: Any = model
     for part in location[:-1]:
-        if isinstance(part, int):
-            continue  # a place in a list of tables
-        information = model.model_fields.get(str(part))
-        annotation = information.annotation if information else None
-        tables = [t for t in (annotation, *getattr(annotation, "__args__", ())) if isinstance(t, type)]
-        inner = next((t for t in tables if issubclass(t, BaseModel)), None)
-        if inner is None:
-            return []
-        model = inner
-    return list(model.model_fields)
+        table = _find_table(annotation)
+        if get_origin(annotation) is dict:
+            annotation = get_args(annotation)[1]  # the part is one of the file's names
+        elif not isinstance(part, int):  # else a place in a list of tables
+            information = table.model_fields.get(str(part)) if table else None
+            annotation = information.annotation if information else None
+    table = None if get_origin(annotation) is dict else _find_table(annotation)
+    return list(table.model_fields) if table else []
+
+
+def _find_table(annotation: Any) -> type[BaseModel] | None:
+    """The table in `X | None`, `tuple[X, ...]`, `Annotated[X, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((table for inner in get_args(annotation) if (table := _find_table(inner))), None)
 
 
 def _check_dependencies(found: _Found) -> None:

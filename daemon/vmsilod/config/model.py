@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
+from vmsilod.config.network import NetworkOptions
 from vmsilod.config.schema import (
     AbsolutePath,
     AccountName,
@@ -26,7 +27,6 @@ from vmsilod.config.schema import (
     RestartPolicy,
     RootDisk,
     Seconds,
-    Table,
     UsbDevices,
     VhostUserDevices,
     VmFile,
@@ -34,6 +34,7 @@ from vmsilod.config.schema import (
     VmName,
     VmNames,
 )
+from vmsilod.config.table import Table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,6 +70,7 @@ class VmConfig(Table):
     depends_on: VmNames = ()
     restart: RestartPolicy = RestartPolicy()
     pci_devices: PciDevices = ()
+    network: NetworkOptions = NetworkOptions()
     start_timeout: Seconds
     stop_timeout: Seconds
     sources: Annotated[tuple[str, ...], Field(strict=False)] = ()
@@ -85,7 +87,10 @@ class VmConfig(Table):
 
     def digest(self) -> str:
         """SHA-256 (hex) over the canonical JSON of what makes up a running VM."""
-        content = self.model_dump(mode="json", exclude=_OUTSIDE_DIGEST) | {"usb": self.wants_usb}
+        content = self.model_dump(mode="json", exclude=_OUTSIDE_DIGEST) | {
+            "usb": self.wants_usb,
+            "network": self.network.dump_for_guest(),
+        }
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
@@ -99,7 +104,7 @@ class VmConfig(Table):
 
 
 def resolve_vm(settings: GlobalConfig, vm: VmFile, sources: Sequence[str]) -> VmConfig:
-    tables = {"crosvm", "qemu", "cloud_hypervisor", "root_disk", "vhost_user", "usb_devices"}
+    tables = {"crosvm", "qemu", "cloud_hypervisor", "root_disk", "vhost_user", "usb_devices", "network"}
     own = vm.model_dump(exclude=tables, exclude_none=True)
     inherited = {
         key: getattr(settings, key)
@@ -129,5 +134,6 @@ def resolve_vm(settings: GlobalConfig, vm: VmFile, sources: Sequence[str]) -> Vm
         vhost_user=vm.vhost_user,
         root_disk=vm.root_disk,
         usb_devices=vm.usb_devices,
+        network=vm.network,
         sources=tuple(sources),
     )

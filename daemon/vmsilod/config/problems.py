@@ -27,8 +27,6 @@ NOT_YET = frozenset(
         "gpu",
         "guest_config",
         "guest_programs",
-        "host_networking",
-        "network",
         "root_overlay",
         "shared_directories",
         "shared_home",

@@ -10,9 +10,11 @@ import re
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from vmsilod.config.color import parse_color
+from vmsilod.config.network import HostNetworkingOptions, NetworkOptions
+from vmsilod.config.table import Table
 from vmsilod.pci.address import parse_address
 
 KERNEL_PARAMS_MAX = 1500  # bytes; x86 takes 2048 in all (COMMAND_LINE_SIZE), the rest is vmsilo's own
@@ -201,12 +203,6 @@ PciAddresses = Annotated[tuple[PciAddress, ...], Field(strict=False), AfterValid
 VmNames = Annotated[tuple[VmName, ...], Field(strict=False), AfterValidator(_check_no_duplicates)]
 
 
-class Table(BaseModel):
-    """What every table of a file has in common: unknown keys refused, no type converted, no change."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
 class RootDisk(Table):
     path: AbsolutePath
     format: DiskFormat = "raw"
@@ -219,7 +215,7 @@ class VhostUser(Table):
     socket: AbsolutePath
     options: Annotated[
         dict[str, Annotated[Any, AfterValidator(_check_option)]], AfterValidator(_check_option_keys)
-    ] = {}
+    ] = Field(default={})
 
 
 VhostUserDevices = Annotated[
@@ -305,6 +301,7 @@ class GlobalConfig(Table):
     qemu: QemuOptions = QemuOptions()
     cloud_hypervisor: CloudHypervisorOptions = CloudHypervisorOptions()
     isolated_pci_devices: PciAddresses = ()
+    host_networking: HostNetworkingOptions = HostNetworkingOptions()
     start_timeout: Seconds = 180
     stop_timeout: Seconds = 30
 
@@ -335,5 +332,6 @@ class VmFile(Table):
     depends_on: VmNames = ()
     restart: Annotated[RestartPolicy | None, BeforeValidator(_expand_restart)] = None
     pci_devices: PciDevices = ()
+    network: NetworkOptions = NetworkOptions()
     start_timeout: Seconds | None = None
     stop_timeout: Seconds | None = None

@@ -36,7 +36,8 @@ class Port:
 
     `tap` is at most 15 bytes; `mac` is the guest's, lower case with colons. Exactly one of these holds:
     `host_addresses` (routed by the host), `bridge` (an existing bridge of the host), `network` (a VM-to-VM
-    network, in a network namespace of its own), none of them (a TAP that is only filtered).
+    network, in a network namespace of its own), `link` (an interface of the host that a macvtap is on; `tap`
+    is its name), none of them (a TAP that is only filtered).
     `addresses` are the guest's own; with `dhcp` it asks for more. `served` are other networks behind this VM
     (vm_network.routes).
     """
@@ -49,6 +50,7 @@ class Port:
     host_addresses: tuple[Interface, ...] = ()
     bridge: str = ""
     network: str = ""
+    link: str = ""
     addresses: tuple[Interface, ...] = ()
     routes: tuple[Route, ...] = ()
     nameservers: tuple[str, ...] = ()
@@ -60,10 +62,13 @@ class Port:
 
 @dataclass(frozen=True)
 class NetworkPlan:
-    """`nat_interface`: VMs with host_addresses reach the internet through it, masqueraded; "" for no NAT."""
+    """`nat_interface`: VMs with host_addresses reach the internet through it, masqueraded; "" for no NAT.
+    `withheld`: VMs whose ports are not in the plan, and why: they cannot be started for now.
+    """
 
     ports: tuple[Port, ...] = field(default=())
     nat_interface: str = ""
+    withheld: tuple[tuple[str, str], ...] = ()
 
     def ports_of(self, vm: str) -> tuple[Port, ...]:
         """In the order of the guest's configuration."""

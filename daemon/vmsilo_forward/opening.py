@@ -1,4 +1,4 @@
-"""A connection to the guest's agent on its way to become a forward: asked for, told what it is for, answered.
+"""A connection to the guest's agent on its way to become a forward: asked for, told its port, answered.
 
 Owned by whoever wants the forward, who gets the socket once the agent said CONNECTED. Reads what the guest
 sends up to that frame and not a byte beyond it.

@@ -205,9 +205,8 @@ class HostDial:
         if not problem:
             self._traffic.copy(self._plain, self._framed, lambda: self._traffic.leave(self._port.name))
             return
-        self._traffic.log(
-            f"{self._port.name}: {self._target[0]} port {self._target[1]}: {os.strerror(problem)}"
-        )
+        address, port = self._target
+        self._traffic.log(f"{self._port.name}: {address} port {port}: {os.strerror(problem)}")
         self._plain.close()
         self._framed.close()
         self._traffic.leave(self._port.name)

@@ -2,9 +2,9 @@
 
 Owned by runs.py, which opens a VM's forwards when it starts and closes them when its leases are given back.
 The unit's process (vmsilo_forward) asks over the control socket for what it forwards; it gets the listeners,
-which it then keeps over its own crashes, and one end of a socket pair whose other end goes to the relay. This
-daemon never copies a byte, and a restart of it changes nothing. The unit is bound to the VM's: when that
-ends, so do the listeners.
+which it then keeps over its own crashes, and one end of a socket pair whose other end goes to the relay.
+This daemon never copies a byte, and a restart of it changes nothing. The unit is bound to the VM's: when
+that ends, so do the listeners.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ at the other, and at most one portion per event, so that many bridges of one loo
 
 The end of one direction travels as an empty frame, because a hybrid vsock cannot close half a connection.
 When both have ended the agent says DONE, and only then the host closes: what is still on its way is never
-cut off. A connection that breaks any other way breaks the other one: with a reset, so that it cannot pass for
-an end.
+cut off. A connection that breaks any other way breaks the other one: with a reset, so that it cannot pass
+for an end.
 """
 
 import contextlib

@@ -47,7 +47,7 @@ Type=exec
 ExecStart={libdir}/bin/vmsilo-forward {name}
 Restart=always
 RestartSec=200ms
-# Its listeners stay with the manager over a crash, so that nobody takes the ports and no connection is refused.
+# Its listeners stay with the manager over a crash: nobody takes the ports, and no connection is refused.
 NotifyAccess=main
 FileDescriptorStoreMax=64
 Slice=vmsilo.slice

@@ -10,12 +10,12 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import struct
 
 from vmsilo_relay.journal import ERROR
 from vmsilo_relay.listener import Listener
 from vmsilo_relay.loop import WRITE
 from vmsilo_wire import ACCEPT, CONNECT, encode_forward
+from vmsilo_wire.bridge import reset
 
 from vmsilo_forward.opening import Opening
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from vmsilo_relay.loop import Timer
 
     from vmsilo_forward.traffic import Traffic
-
-RESET = struct.pack("ii", 1, 0)  # struct linger: on, no time
 
 
 class HostPort:
@@ -214,9 +212,3 @@ class HostDial:
     def _fail(self, error: Exception) -> None:
         self._traffic.log(f"{self._port.name}: {error!r}")
         self._finish(errno.EIO)
-
-
-def reset(plain: socket.socket) -> None:
-    """So that who connected does not take it for a service that had nothing to say."""
-    plain.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-    plain.close()

@@ -13,10 +13,10 @@ import socket
 from collections.abc import Callable
 
 from vmsilo_wire import CONNECT, CONNECTED, encode_frame
-from vmsilo_wire.bridge import Bridge
+from vmsilo_wire.bridge import Bridge, reset
 from vmsilo_wire.payload import encode_error
 
-from vmsilo_agent.loop import READ, WRITE, Loop, Timer, log
+from vmsilo_agent.loop import READ, WRITE, Loop, Timer
 
 FORWARDS_MAX = 400
 LOOPBACK = "127.0.0.1"
@@ -47,18 +47,19 @@ class Forwards:
     def leave(self) -> None:
         self._count -= 1
 
-    def bridge(self, plain: socket.socket, framed: socket.socket) -> None:
-        """Tells the host that there is a connection, and copies; counted by `enter` before."""
+    def bridge(self, plain: socket.socket, framed: socket.socket) -> bool:
+        """Tells the host that there is a connection, and copies; False, with nothing but `framed` closed, where
+        the host is gone. `enter` was called for it.
+        """
         try:
             framed.settimeout(0)
-            framed.send(encode_frame(CONNECTED))
-        except OSError as exc:  # the host went away; a new connection has room for five bytes
-            log(f"a forwarded connection is lost: {exc.strerror}")
-            plain.close()
+            framed.send(encode_frame(CONNECTED))  # five bytes, for which a new connection has room
+        except OSError:
             framed.close()
             self.leave()
-            return
+            return False
         Forward(self._loop, plain, framed, self.leave)
+        return True
 
     def _connect(self, port: int, framed: socket.socket) -> None:
         plain = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -84,8 +85,8 @@ class Forwards:
             plain.close()
             self.leave()
             _refuse(framed, "failed", f"port {port} of the guest: {os.strerror(problem)}")
-        else:
-            self.bridge(plain, framed)
+        elif not self.bridge(plain, framed):
+            plain.close()
 
     def _park(self, port: int, framed: socket.socket) -> None:
         found = self._ports.get(port)
@@ -148,14 +149,24 @@ class GuestPort:
             self._timer = self._loop.call_later(_PORT_LINGER, self._close)
 
     def _accept(self, _mask: int) -> None:
+        # The newest: an old one may be of a host that is gone without a word. One whose end came already,
+        # but whose turn in the loop did not, would cost the guest's program its connection.
+        while self._parked and not _is_silent(self._parked[-1]):
+            self._drop(self._parked[-1])
+        if not self._parked:
+            return
         try:
             plain, _peer = self._listener.accept()
         except OSError:  # it gave up, or descriptors ran out: then the host's are released first
             return
-        framed = self._parked[-1]  # the newest: an old one may be of a host that is gone without a word
-        self._unpark(framed)
+        taken = False
+        while self._parked and not taken:
+            framed = self._parked[-1]
+            self._unpark(framed)
+            taken = self._forwards.bridge(plain, framed)
+        if not taken:
+            reset(plain)
         self._rest_or_listen()
-        self._forwards.bridge(plain, framed)
 
     def _close(self) -> None:
         self._listener.close()
@@ -194,6 +205,16 @@ class Forward:
         if self._timer is not None:
             self._timer.cancel()
         self._left()
+
+
+def _is_silent(framed: socket.socket) -> bool:
+    try:
+        framed.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _refuse(framed: socket.socket, code: str, message: str) -> None:

@@ -90,9 +90,9 @@ class Bridge:
             if self._wanted.pop(sock, (False, False)) != (False, False):
                 self._watch(sock, False, False)  # noqa: FBT003 the callback's signature
         if reason:
-            with contextlib.suppress(OSError):  # gone already, which is what this is for
-                self.plain.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-        self.plain.close()
+            reset(self.plain)
+        else:
+            self.plain.close()
         self.framed.close()
         ended(reason)
 
@@ -200,3 +200,10 @@ def send_some(sock: socket.socket, data: "bytes | memoryview") -> bytes:
     except BlockingIOError:
         sent = 0
     return bytes(data[sent:])
+
+
+def reset(plain: socket.socket) -> None:
+    """Close so that who connected does not take it for an end."""
+    with contextlib.suppress(OSError):  # gone already, which is what this is for
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+    plain.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -176,8 +177,7 @@ class ForwardHost:
 
     def from_guest(self, host_port: int) -> int:
         """Configure a forward; its port in the guest, which here has the host's loopback."""
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = int(free.getsockname()[1])
+        port = find_free_port()
         self.vmsilod.forwards.append((False, "127.0.0.1", host_port, port))
         return port
 
@@ -226,7 +226,7 @@ class ForwardHost:
         found: list[socket.socket] = []
 
         def attempt() -> bool:
-            with contextlib.suppress(ConnectionRefusedError):
+            with contextlib.suppress(ConnectionRefusedError, ConnectionResetError):
                 found.append(self.connect(port))
             return bool(found)
 
@@ -246,6 +246,14 @@ def run_forwards(directory: Path) -> Iterator[ForwardHost]:
         assert "failed" not in text, text
     finally:
         host.stack.close()
+
+
+def find_free_port() -> int:
+    """Below those that connections get, or one that waits for a listener there might meet itself."""
+    while True:
+        port = random.randrange(20000, 30000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def read_all(sock: socket.socket) -> bytes:

@@ -48,8 +48,8 @@ class Forwards:
         self._count -= 1
 
     def bridge(self, plain: socket.socket, framed: socket.socket) -> bool:
-        """Tells the host that there is a connection, and copies; False, with nothing but `framed` closed, where
-        the host is gone. `enter` was called for it.
+        """Tells the host that there is a connection, and copies; False, with nothing but `framed` closed,
+        where the host is gone. `enter` was called for it.
         """
         try:
             framed.settimeout(0)

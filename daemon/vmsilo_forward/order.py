@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import socket
 
-from vmsilo_relay.journal import WARNING
+from vmsilo_relay.journal import INFO
 from vmsilo_relay.loop import READ
 from vmsilo_relay.packet import close_fds, receive_packet
 
@@ -92,7 +92,7 @@ class Question:
         self._answered(Order(forwards, sockets[0], sockets[1:]))
 
     def _try_later(self, reason: str) -> None:
-        self._context.journal.log(WARNING, self._name, f"vmsilod gives no order, asking again: {reason}")
+        self._context.journal.log(INFO, self._name, f"vmsilod gives no order, asking again: {reason}")
         self._let_go()
         self._timer = self._context.loop.after(self._context.limits.ask_again_seconds, self.ask, self._fail)
 

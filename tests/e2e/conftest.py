@@ -20,6 +20,8 @@ EXPECTED = (
     "Killing process",
     "QEMU was killed",
     "its kernel panicked",
+    "port 2223 of 127.0.0.1 is in use",  # a test takes a forwarded port
+    "Failed to start vmsilo-ports-vm.service",
 )
 
 

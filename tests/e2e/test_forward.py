@@ -56,16 +56,16 @@ def ports(host: Container) -> Iterator[Container]:
     host.write("/usr/local/bin/forward-service", SERVICE)
     host.write("/usr/local/bin/forward-client", CLIENT)
     host.wait_until("systemctl -q is-active vmsilo-ports.socket", seconds=20)
-    outside = host.popen(["python3", "/usr/local/bin/forward-service", "5433", "outside"])
-    occupant = host.popen(["python3", "/usr/local/bin/forward-service", "2223", "occupant"])
+    for port, word in (("5433", "outside"), ("2223", "occupant")):
+        service = ["python3", "/usr/local/bin/forward-service", port, word]
+        host.run(["systemd-run", f"--unit=forward-{word}", *service])
     host.wait_until("ss -ltn | grep -q :2223")
     try:
         refused = host.run(["vm-start", "ports", "--wait"], user="user", check=False)
         assert refused.returncode
         assert "port 2223 of 127.0.0.1 is in use" in refused.stderr
         assert not host.run("ss -ltn | grep :2222", check=False).stdout
-        occupant.kill()
-        occupant.wait()
+        host.run("systemctl stop forward-occupant")
         host.run(["vm-start", "ports", "--wait"], user="user")
         for word in ("8080", "8081"):
             in_guest(host, "sh", "-c", f"exec python3 -c '{SERVICE}' {word} inside >/dev/null 2>&1 &")
@@ -77,9 +77,7 @@ def ports(host: Container) -> Iterator[Container]:
         host.run(["rm", "-f", FILE])
         host.wait_until("test ! -e /run/systemd/system/vmsilo-ports.socket", seconds=20)
         assert not host.run(f"systemctl list-units --no-legend --all {UNIT}").stdout
-        for process in (outside, occupant):
-            process.kill()
-            process.wait()
+        host.run("systemctl stop forward-outside forward-occupant", check=False)
 
 
 def in_guest(host: Container, *command: str, check: bool = True) -> str:

@@ -289,6 +289,24 @@ def test_nat_needs_its_interface(tmp_path: Path, settings: str, key: str, fact: 
     assert fact in problem.fact
 
 
+def test_value_with_escapes_in_it_is_shown_escaped(tmp_path: Path) -> None:
+    for text in (
+        'network.nameservers = ["\\u001b[2J"]',
+        'network.allow = ["\\u001b[2J"]',
+        'network.allow = [{to = "\\u001b"}]',
+        '[network.interfaces."\\u001b[2J"]',
+        '[network.interfaces.a]\nroutes."\\u001b[2J" = {}',
+        '[network.interfaces.a]\naddresses = ["10.0.0.1/24\\n"]',
+        '[network.interfaces.a]\nmac_address = "02:00:00:00:00:01\\n"',
+        '[network.interfaces.a]\ntap.name = "x\\n"',
+        '[network.interfaces.a]\ntype = "vm-switch"\nvm_network.name = "x\\n"',
+        'network.allow = [{to = "10.0.0.1", port = "80\\n", protocol = "tcp"}]',
+    ):
+        configuration = load(tmp_path, text)
+        assert configuration.problems, text
+        assert all(str(problem).isprintable() for problem in configuration.problems)
+
+
 def test_nat_of_the_host(tmp_path: Path) -> None:
     settings = load(tmp_path, "", NAT).settings
     assert settings is not None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import socket
 import socketserver
 import threading
 from contextlib import contextmanager
@@ -32,12 +35,37 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def __init__(self, path: Path, answers: dict[str, Any]) -> None:
         self.answers = answers
         self.requests: list[tuple[str, str, Any]] = []
+        self.files: list[str] = []
+        """What the descriptors lead to that came with the requests."""
         super().__init__(str(path), Handler)
+
+
+class Receiver(io.RawIOBase):
+    """A connection as a file; closes the descriptors that come with its bytes after a look at them."""
+
+    def __init__(self, connection: socket.socket, files: list[str]) -> None:
+        self._connection = connection
+        self._files = files
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data, fds, _, _ = socket.recv_fds(self._connection, len(buffer), 16)
+        for fd in fds:
+            self._files.append(os.readlink(f"/proc/self/fd/{fd}"))  # noqa: PTH115
+            os.close(fd)
+        buffer[: len(data)] = data
+        return len(data)
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Server
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile = io.BufferedReader(Receiver(self.connection, self.server.files))
 
     def do_GET(self) -> None:
         self.answer()

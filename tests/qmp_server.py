@@ -1,4 +1,5 @@
-"""A QEMU as far as its monitor socket shows it, with the host USB devices that it has been given.
+"""A QEMU as far as its monitor socket shows it, with the host USB devices and network interfaces that it has
+been given.
 
 Serves one connection after the other, as QEMU does. It checks what QEMU would check: unknown ids, an id that
 is taken, a descriptor set that is not there.
@@ -22,8 +23,10 @@ GREETING = {"QMP": {"version": {"qemu": {"major": 10, "minor": 0, "micro": 0}}, 
 
 
 class QmpServer:
-    """`devices` maps an id to what its descriptor leads to. `late` sends DEVICE_DELETED after the answer,
-    `silent` never. The first device_add takes `slow` seconds.
+    """`devices` maps an id to what its descriptor leads to, for a network interface to its port. `netdevs`
+    maps an id to the descriptors of its queues, `ports` are free or taken by an id, `cut` are links set
+    down. `late` sends DEVICE_DELETED after the answer, `silent` never. The first device_add takes `slow`
+    seconds.
     """
 
     def __init__(
@@ -32,6 +35,10 @@ class QmpServer:
         self.devices: dict[str, str] = {}
         self.commands: list[str] = []
         self.fdsets: dict[int, int] = {}
+        self.named: dict[str, int] = {}
+        self.netdevs: dict[str, list[int]] = {}
+        self.ports: dict[str, str] = {"netport0": "net-wan", "netport1": ""}
+        self.cut: list[str] = []
         self._late, self._silent, self._refuse, self._slow = late, silent, refuse, slow
         self._next = 0
         self._over = False
@@ -51,7 +58,9 @@ class QmpServer:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._thread.join(10)
         self._listener.close()
-        left = list(self.fdsets.values())
+        left = [*self.fdsets.values(), *self.named.values()]
+        for fd in (fd for fds in self.netdevs.values() for fd in fds):
+            os.close(fd)
         for fd in left:
             os.close(fd)
         assert not self._thread.is_alive()
@@ -98,18 +107,53 @@ class QmpServer:
             time.sleep(seconds)
             return [self._add(arguments)]
         elif command == "device_del":
-            if self.devices.pop(arguments["id"], None) is None:
+            port = self.devices.pop(arguments["id"], None)
+            if port is None:
                 return [{"error": {"class": "DeviceNotFound", "desc": "Device not found"}}]
+            self.ports |= {port: ""} if port in self.ports else {}
             if self._silent:
                 return [done]
             event = {"event": "DEVICE_DELETED", "data": {"device": arguments["id"], "path": "/x"}}
             return [done, {"event": "RTC_CHANGE"}, event] if self._late else [event, done]
         elif command == "qom-list":
-            names = ["type", "root0", *self.devices]
-            return [{"return": [{"name": name, "type": "child<x>"} for name in names]}]
+            return [
+                {"return": [{"name": name, "type": "child<x>"} for name in self._list(arguments["path"])]}
+            ]
+        elif command in ("getfd", "closefd", "netdev_add", "netdev_del", "set_link"):
+            return [self._change_net(command, arguments, fds)]
         return [done]
 
+    def _list(self, path: str) -> list[str]:
+        *_, last = path.split("/")
+        if last == "peripheral":
+            return ["type", "root0", *self.ports, *self.devices]
+        return ["type", *(["child[0]"] if self.ports[last] else [])]
+
+    def _change_net(self, command: str, arguments: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+        if command == "getfd":
+            (self.named[arguments["fdname"]],) = fds
+        elif command == "closefd":
+            if arguments["fdname"] not in self.named:
+                return {"error": {"class": "GenericError", "desc": "File descriptor named so not found"}}
+            os.close(self.named.pop(arguments["fdname"]))
+        elif command == "netdev_add":
+            if arguments["id"] in self.netdevs:
+                return {"error": {"class": "GenericError", "desc": "Duplicate ID"}}
+            names = arguments["fds"].split(":") + arguments.get("vhostfds", "").split(":")
+            self.netdevs[arguments["id"]] = [self.named.pop(name) for name in names if name]
+        elif command == "netdev_del":
+            for fd in self.netdevs.pop(arguments["id"], []):
+                os.close(fd)
+        else:
+            self.cut.append(arguments["name"])
+        return {"return": {}}
+
     def _add(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        if arguments["driver"] == "virtio-net-pci":
+            assert arguments["netdev"] in self.netdevs
+            assert not self.ports[arguments["bus"]]
+            self.ports[arguments["bus"]] = self.devices[arguments["id"]] = arguments["bus"]
+            return {"return": {}}
         assert arguments["driver"] == "usb-host"
         assert arguments["bus"] == "usb.0"
         fd = self.fdsets[int(arguments["hostdevice"].removeprefix("/dev/fdset/"))]

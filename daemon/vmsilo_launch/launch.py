@@ -18,7 +18,7 @@ from typing import Any
 
 CONTROL = "/run/vmsilo/control.sock"
 FD_BASE = 3  # received descriptor i is number FD_BASE + i in the VMM
-MAX_FDS = 64
+MAX_FDS = 253  # SCM_MAX_FD: what one message can carry
 MAX_REPLY = 1 << 20
 ATTEMPTS = 5  # a crashed vmsilod is started again by its socket; a start outlives that many crashes
 REPLY_TIMEOUT = 120.0

@@ -197,3 +197,15 @@ def test_forwards_into_the_guest_alone_need_no_network() -> None:
     text = render_units(make_vm(network=network), CROSVM).files["vmsilo-banking-forward.service"]
     assert "PrivateNetwork=yes" in settings_of(text)
     assert not [line for line in settings_of(text) if "AF_INET" in line]
+
+
+def test_only_a_crosvm_with_an_interface_may_open_an_internet_socket() -> None:
+    families = "RestrictAddressFamilies=AF_INET"
+    online: dict[str, object] = {"network": {"interfaces": {"wan": {}}}}
+    crosvm = render_units(make_vm(**online), CROSVM).files
+    assert families in settings_of(crosvm["vmsilo-banking-vm.service"])
+    assert families in settings_of(crosvm["vmsilo-banking-debug.service"])
+    assert "PrivateNetwork=yes" in settings_of(crosvm["vmsilo-banking-vm.service"])
+    qemu = render_units(make_vm(**online), QEMU_HYBRID).files["vmsilo-banking-vm.service"]
+    assert families not in settings_of(qemu)
+    assert families not in settings_of(render_units(make_vm(), CROSVM).files["vmsilo-banking-vm.service"])

@@ -62,6 +62,12 @@ VMM_LIBUSB = """\
 RestrictAddressFamilies=AF_NETLINK
 """
 
+VMM_INET = """\
+# crosvm asks for the MTU of each TAP over an internet socket and does not start without an answer. In a
+# network namespace of its own it finds there a stand-in of the TAP's name, and no network.
+RestrictAddressFamilies=AF_INET
+"""
+
 VMM_SANDBOXED_BY_BOTH = f"""\
 # cloud-hypervisor filters the system calls of each of its threads and closes the file system with Landlock;
 # what it is before it does so, and a thread that it forgot, are held by this.

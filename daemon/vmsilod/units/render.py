@@ -15,6 +15,7 @@ from vmsilod.units.forward import render_forwards
 from vmsilod.units.hardening import (
     HELPER,
     VMM_EVERY,
+    VMM_INET,
     VMM_LIBUSB,
     VMM_SANDBOXED_BY_BOTH,
     VMM_SANDBOXED_BY_ITSELF,
@@ -250,7 +251,8 @@ LimitNOFILE=65536
 LimitCORE=0
 {_render_pci(vm)}
 {VMM_EVERY}
-{_SANDBOXES[context.vmm]}{VMM_LIBUSB if vm.wants_usb and context.vmm == "qemu" else ""}"""
+{_SANDBOXES[context.vmm]}{VMM_LIBUSB if vm.wants_usb and context.vmm == "qemu" else ""}\
+{VMM_INET if vm.network.interfaces and context.vmm == "crosvm" else ""}"""
 
 
 def _render_pci(vm: VmConfig) -> str:

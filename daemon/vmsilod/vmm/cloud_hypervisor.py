@@ -13,6 +13,7 @@ from vmsilod.vmm.errors import BadOptionValue, LaunchRefused
 from vmsilod.vmm.escape import quote_cloud_hypervisor
 from vmsilod.vmm.kernel_params import plan_kernel_params
 from vmsilod.vmm.launch import ENVIRONMENT, BuiltinVsock, Console, Launch, PassedFds
+from vmsilod.vmm.net import plan_cloud_hypervisor as plan_net
 from vmsilod.vmm.outcome import Outcome, OutcomeKind, explain_signal
 from vmsilod.vmm.vhost_user import plan_cloud_hypervisor as plan_vhost_user
 
@@ -54,6 +55,7 @@ def plan_launch(vm: VmShape, leases: Leases, *, console: Console, binary: str) -
     argv += ["--serial", "tty" if console is Console.STDIO else "null"]
     argv += _vsock_args(leases)
     argv += _disk_args(leases.root, fds)
+    argv += plan_net(leases, fds)
     argv += plan_vhost_user(vm, leases, fds)
     argv += ["--kernel", fds.path(leases.kernel_fd)]
     if leases.initrd_fd is not None:

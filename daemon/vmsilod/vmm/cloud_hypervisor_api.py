@@ -22,13 +22,18 @@ from vmsilod.vmm.errors import (
     MonitorUnreachable,
 )
 from vmsilod.vmm.monitor import DEFAULT_TIMEOUT, BalloonState, MemoryState
+from vmsilod.vmm.net import check_device
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from vmsilod.vmm.launch import NetDevice
 
 API = "/api/v1"
 MAX_HEAD = 16 * 1024
 MAX_BODY = 1024 * 1024
+EJECT_POLL_SECONDS = 0.05
 _STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([0-9]{3})(?: [^\r\n]*)?")
 _NO_CONTENT = 204
 
@@ -75,10 +80,38 @@ class CloudHypervisorMonitor:
             maximum=info.size + info.hotplug_limit,
         )
 
-    def request(self, method: str, name: str, body: dict[str, Any] | None = None) -> Any:
-        """The answer's JSON, or None without one; an HTTP error is raised as MonitorRefused."""
+    def attach_net(self, net: NetDevice) -> None:
+        if net.vhost_fds:
+            raise MonitorRefused("cloud-hypervisor has no vhost-net")
+        check_device(net)
+        if self._has_device(net.id):
+            # It would refuse, and keep the descriptors open until it ends (version 53).
+            raise MonitorRefused(f"the VM has a network interface {net.name} already")
+        wanted = {"id": net.id, "mac": net.mac, "num_queues": 2 * len(net.tap_fds)}
+        self.request("PUT", "vm.add-net", wanted, net.tap_fds)
+
+    def detach_net(self, device: str) -> None:
+        deadline = time.monotonic() + self._timeout
+        if not self._has_device(device):
+            return
+        self.request("PUT", "vm.remove-device", {"id": device})
+        # It answers before the guest has given the device up, and reports that nowhere.
+        while self._has_device(device):
+            if time.monotonic() >= deadline:
+                raise MonitorTimeout(f"the guest did not give {device} up in time")
+            time.sleep(EJECT_POLL_SECONDS)
+
+    def _has_device(self, device: str) -> bool:
+        return device in _table(self.request("GET", "vm.info"), "device_tree")
+
+    def request(
+        self, method: str, name: str, body: dict[str, Any] | None = None, fds: Sequence[int] = ()
+    ) -> Any:
+        """The answer's JSON, or None without one; an HTTP error is raised as MonitorRefused. `fds` travel
+        with the request and stay the caller's.
+        """
         exchange = _Exchange(self._path, name, self._timeout)
-        status, content = exchange.run(_compose(method, name, body))
+        status, content = exchange.run(_compose(method, name, body), fds)
         if status >= 300:
             raise MonitorRefused(f"cloud-hypervisor refused {name}: {_shorten(content)}", reason=status)
         if not content:
@@ -111,7 +144,7 @@ class _Exchange:
         self._name = name
         self._deadline = time.monotonic() + timeout
 
-    def run(self, request: bytes) -> tuple[int, bytes]:
+    def run(self, request: bytes, fds: Sequence[int] = ()) -> tuple[int, bytes]:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             self._limit(sock)
             try:
@@ -124,7 +157,8 @@ class _Exchange:
                 ) from exc
             try:
                 self._limit(sock)
-                sock.sendall(request)
+                sent = socket.send_fds(sock, [request], fds) if fds else 0
+                sock.sendall(request[sent:])
                 return self._read_answer(sock)
             except TimeoutError as exc:
                 raise self._timed_out() from exc

@@ -15,6 +15,7 @@ from vmsilod.vmm.errors import BadOptionValue, LaunchRefused
 from vmsilod.vmm.escape import check_argument, quote_crosvm
 from vmsilod.vmm.kernel_params import plan_kernel_params
 from vmsilod.vmm.launch import ENVIRONMENT, Console, HybridVsock, KernelVsock, Launch, PassedFds
+from vmsilod.vmm.net import plan_crosvm as plan_net
 from vmsilod.vmm.outcome import Outcome, OutcomeKind, explain_signal
 from vmsilod.vmm.vhost_user import plan_crosvm as plan_vhost_user
 
@@ -65,6 +66,7 @@ def plan_launch(vm: VmShape, leases: Leases, *, console: Console, binary: str) -
     argv += ["--pivot-root", check_argument(leases.empty_dir)]
     argv += _vsock_args(leases, fds)
     argv += _disk_args(leases.root, fds)
+    argv += plan_net(leases, fds)
     argv += plan_vhost_user(vm, leases, fds)
     argv += _pci_args(vm)
     argv += _console_args(console)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from vmsilod.vmm.launch import NetDevice
+
 MAX_REPLY = 64 * 1024
 USB_PORTS = 16  # of its xHCI, and of the fixed-size lists of its protocol
 
@@ -132,6 +134,19 @@ class CrosvmMonitor:
     def memory_state(self) -> MemoryState:
         raise MonitorRefused(
             "crosvm cannot plug memory in or out", 'use vmm = "cloud-hypervisor" or "qemu" with memory_max'
+        )
+
+    def attach_net(self, net: NetDevice) -> None:
+        # Its pci-hotplug takes the name of a TAP, which its uid would have to own.
+        raise MonitorRefused(
+            f"crosvm takes no network interface while it runs ({net.name})",
+            'restart the VM, or use vmm = "cloud-hypervisor" or "qemu" with machine = "q35"',
+        )
+
+    def detach_net(self, device: str) -> None:
+        raise MonitorRefused(
+            f"crosvm gives no network interface back while it runs ({device})",
+            'restart the VM, or use vmm = "cloud-hypervisor" or "qemu" with machine = "q35"',
         )
 
     def request(self, request: str | dict[str, Any], fds: Sequence[int] = ()) -> Any:

@@ -50,12 +50,20 @@ class Driver:
     opens_by_path: bool = False
     """The VMM opens what it is passed once more, by /proc/self/fd and with its own rights: disks and the
     sockets of vhost-user devices too."""
+    looks_up_tap: bool = False
+    """It asks for the MTU of a TAP by its name, in its own network namespace."""
     speaks_when_running: bool = False
     """Whether explain_exit needs guest_ran, and first_sign.py can find it out."""
 
 
 DRIVERS = {
-    VmmKind.CROSVM: Driver(crosvm.plan_launch, crosvm.explain_exit, CrosvmMonitor, socket.SOCK_SEQPACKET),
+    VmmKind.CROSVM: Driver(
+        crosvm.plan_launch,
+        crosvm.explain_exit,
+        CrosvmMonitor,
+        socket.SOCK_SEQPACKET,
+        looks_up_tap=True,
+    ),
     VmmKind.QEMU: Driver(
         qemu.plan_launch,
         qemu.explain_exit,

@@ -138,6 +138,29 @@ class Disk:
 
 
 @dataclass(frozen=True)
+class NetDevice:
+    """A network interface: the open queues of one TAP or macvtap. The VMM gets no right to open another."""
+
+    name: str
+    """The guest's name for it, by which it is taken away again."""
+    mac: str
+    """The guest's."""
+    tap_fds: tuple[int, ...]
+    """One for each pair of queues, at least one, none but these attached to the device."""
+    vhost_fds: tuple[int, ...] = ()
+    """Open /dev/vhost-net, one for each of tap_fds; or none: the VMM itself carries every packet."""
+
+    @property
+    def id(self) -> str:
+        """What the VMM calls it, where it has names for its devices."""
+        return f"net-{self.name}"
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        return (*self.tap_fds, *self.vhost_fds)
+
+
+@dataclass(frozen=True)
 class Leases:
     """What the VM holds while it runs. The guest's secret is not here: it is inside the initrd's memfd.
 
@@ -164,6 +187,8 @@ class Leases:
     vhost_user_fds: tuple[int, ...] = ()
     """One for each of VmShape.vhost_user: connected for crosvm and QEMU; for cloud-hypervisor, which
     connects itself, O_PATH of the socket."""
+    nets: tuple[NetDevice, ...] = ()
+    """In the order of the configuration."""
 
 
 @dataclass(frozen=True)

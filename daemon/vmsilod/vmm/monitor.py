@@ -9,7 +9,10 @@ call it in the worker pool, never on a loop.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from vmsilod.vmm.launch import NetDevice
 
 DEFAULT_TIMEOUT = 5.0
 """Seconds for one request, connecting included."""
@@ -64,6 +67,14 @@ class MonitorClient(Protocol):
         """Asks the guest to plug memory in or out until it has `size` bytes in all."""
 
     def memory_state(self) -> MemoryState: ...
+
+    def attach_net(self, net: NetDevice) -> None:
+        """Plugs a network interface in; its descriptors stay the caller's."""
+
+    def detach_net(self, device: str) -> None:
+        """Returns when the VMM has let go of the interface of this NetDevice.id; one that is not there is no
+        error. A guest that does not give it up makes it a MonitorTimeout: see that the TAP is down before.
+        """
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from vmsilod.vmm.errors import BadOptionValue, LaunchRefused
 from vmsilod.vmm.escape import check_argument, quote_qemu
 from vmsilod.vmm.kernel_params import plan_kernel_params
 from vmsilod.vmm.launch import ENVIRONMENT, Console, HybridVsock, KernelVsock, Launch, PassedFds
+from vmsilod.vmm.net import plan_qemu as plan_net
 from vmsilod.vmm.outcome import Outcome, OutcomeKind, explain_signal
 from vmsilod.vmm.qmp import HOTPLUG_ID
 from vmsilod.vmm.qmp_usb import USB_ID
@@ -67,6 +68,7 @@ def plan_launch(vm: VmShape, leases: Leases, *, console: Console, binary: str) -
     argv += _disk_args(leases.root, fds, bus)
     argv += _vsock_args(leases, fds, bus)
     argv += _hotplug_args(vm)
+    argv += plan_net(leases, fds, machine)
     argv += plan_vhost_user(vm, leases, fds)
     argv += _pci_args(vm)
     if vm.usb:

@@ -12,7 +12,7 @@ import socket
 import time
 from typing import TYPE_CHECKING, Any
 
-from vmsilod.vmm import qmp_usb
+from vmsilod.vmm import qmp_net, qmp_usb
 from vmsilod.vmm.errors import (
     MonitorClosed,
     MonitorError,
@@ -22,10 +22,13 @@ from vmsilod.vmm.errors import (
     MonitorUnreachable,
 )
 from vmsilod.vmm.monitor import DEFAULT_TIMEOUT, AttachedUsb, BalloonState, MemoryState
+from vmsilod.vmm.net import check_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+    from vmsilod.vmm.launch import NetDevice
 
 HOTPLUG_ID = "hotplug0"
 """The virtio-mem device, named so by the driver."""
@@ -89,6 +92,15 @@ class QemuMonitor:
     def list_usb(self) -> list[AttachedUsb]:
         with _Session(self._path, self._timeout) as session:
             return qmp_usb.list_attached(session)
+
+    def attach_net(self, net: NetDevice) -> None:
+        check_device(net)
+        with _Session(self._path, self._timeout) as session:
+            qmp_net.attach(session, net)
+
+    def detach_net(self, device: str) -> None:
+        with _Session(self._path, self._timeout) as session:
+            qmp_net.detach(session, device)
 
     def resize_memory(self, size: int) -> None:
         with _Session(self._path, self._timeout) as session:

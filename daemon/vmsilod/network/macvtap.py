@@ -1,0 +1,186 @@
+"""macvtaps: interfaces of VMs that appear on a physical network of the host, with an address of their own.
+
+Called in the worker when a VM starts and when it has ended. A macvtap lives from the one to the other: its
+alias says whose it is, so that one which a killed daemon left is found. What the guest sends is filtered by
+its source before the device is up (a netdev egress chain, which ends with the device); what it may reach is
+not: the link is not routed by this host. Host and guest do not reach each other over it: macvlan hands
+nothing from the link itself to its macvtaps, nor back.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from contextlib import contextmanager
+from ipaddress import IPv6Address
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vmsilod.errors import Failed, StartFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from vmsilod.network.plan import Port
+
+ALIAS = "vmsilo-macvtap:"
+GROUP = 0x766F
+"""The link group of the macvtaps of vmsilo: a device has it from its first moment, an alias only later."""
+_DEVICES = Path("/dev")
+_CLASS = Path("/sys/class/net")
+
+# linux/if_tun.h
+TUNSETIFF = 0x400454CA
+TUNGETIFF = 0x800454D2
+_FLAGS = 0x2 | 0x1000 | 0x4000  # IFF_TAP, IFF_NO_PI, IFF_VNET_HDR
+_MULTI_QUEUE = 0x100
+_REQUEST = struct.Struct("16sH22x")  # ifreq: name, flags
+
+
+def acquire(port: Port, install: Callable[[str], None]) -> list[int]:
+    """Make the macvtap of this port and open it: a descriptor per queue, the caller's. `install` puts a text
+    into nftables. Raises a VmsiloError, and then there is no macvtap.
+    """
+    with _open_netlink() as netlink:
+        index = _create(netlink, port)
+        try:
+            install(render_filter(port))
+            netlink.link("set", index=index, state="up")
+            return _open_queues(port, index)
+        except BaseException:
+            netlink.link("del", index=index)
+            raise
+
+
+def release(vm: str) -> None:
+    """Remove every macvtap of a VM; none is no error."""
+    with _open_netlink() as netlink:
+        for index in [index for index, owner in _find_ours(netlink) if owner == vm]:
+            netlink.link("del", index=index)
+
+
+def find_owners() -> set[str]:
+    """The VMs that have macvtaps on this host."""
+    with _open_netlink() as netlink:
+        return {owner for _, owner in _find_ours(netlink)}
+
+
+def render_filter(port: Port) -> str:
+    """What the guest may send: frames from its own address, claims and packets of its own addresses, or of
+    any where it asks by DHCP or none is configured; never what a router or a DHCP server says.
+    """
+    v4 = [str(address.ip) for address in port.addresses if address.version == 4]
+    v6 = [str(address.ip) for address in port.addresses if address.version == 6]
+    free = port.dhcp or not port.addresses
+    arp = "" if free else f" arp saddr ip {{ {', '.join(['0.0.0.0', *v4])} }}"
+    from_v4 = "" if free else f" ip saddr {{ {', '.join(v4)} }}"
+    from_v6 = "" if free else f" ip6 saddr {{ {', '.join(['::', _derive_link_local(port.mac), *v6])} }}"
+    table = f"netdev vmsilo-macvtap-{port.tap}"
+    rules = [
+        f"type filter hook egress device {port.tap} priority filter; policy drop;",
+        f"ether saddr != {port.mac} counter drop",
+        "udp sport { 67, 547 } counter drop",
+        "icmpv6 type { nd-router-advert, nd-redirect } counter drop",
+        f"ether type arp arp saddr ether {port.mac}{arp} accept",
+        *([f"ether type ip{from_v4} accept"] if free or v4 else []),
+        *([f"ether type ip6{from_v6} accept"] if free or v6 else []),
+        "counter",
+    ]
+    body = "\n".join(f"        {rule}" for rule in rules)
+    return (
+        f"add table {table}\ndelete table {table}\n"
+        f"table {table} {{\n    chain from-vm {{\n{body}\n    }}\n}}\n"
+    )
+
+
+def _derive_link_local(mac: str) -> str:
+    """EUI-64, as the guest forms it."""
+    parts = bytes.fromhex(mac.replace(":", ""))
+    host = bytes([parts[0] ^ 2, *parts[1:3], 0xFF, 0xFE, *parts[3:]])
+    return str(IPv6Address(b"\xfe\x80" + bytes(6) + host))
+
+
+def _create(netlink: Any, port: Port) -> int:
+    lower = netlink.link_lookup(ifname=port.link)
+    if not lower:
+        raise StartFailed(
+            f"there is no network interface '{port.link}' for {port.interface} of VM '{port.vm}'"
+        )
+    _remove_half_made(netlink, port)
+    netlink.link(
+        "add",
+        ifname=port.tap,
+        kind="macvtap",
+        macvtap_mode="bridge",
+        link=lower[0],
+        address=port.mac,
+        num_tx_queues=port.queues,
+        num_rx_queues=port.queues,
+        group=GROUP,
+    )
+    (index,) = netlink.link_lookup(ifname=port.tap)
+    netlink.link("set", index=index, ifalias=f"{ALIAS}{port.vm}:{port.interface}")
+    (made,) = netlink.get_links(index)
+    info = made.get_attr("IFLA_LINKINFO")
+    shape = (
+        made.get_attr("IFLA_ADDRESS"),
+        made.get_attr("IFLA_LINK"),
+        made.get_attr("IFLA_GROUP"),
+        info.get_attr("IFLA_INFO_KIND"),
+        info.get_attr("IFLA_INFO_DATA").get_attr("IFLA_MACVTAP_MODE"),
+    )
+    if shape != (port.mac, lower[0], GROUP, "macvtap", "bridge"):
+        netlink.link("del", index=index)
+        raise Failed(f"the kernel did not make '{port.tap}' as it was asked to: {shape}")
+    return int(index)
+
+
+def _remove_half_made(netlink: Any, port: Port) -> None:
+    """What a vmsilod left that was killed between making it and saying whose it is."""
+    for link in netlink.get_links():
+        owned = link.get_attr("IFLA_IFALIAS")
+        if link.get_attr("IFLA_IFNAME") == port.tap and link.get_attr("IFLA_GROUP") == GROUP and not owned:
+            netlink.link("del", index=link["index"])
+
+
+def _open_queues(port: Port, index: int) -> list[int]:
+    device = _DEVICES / f"tap{index}"
+    flags = _FLAGS | (_MULTI_QUEUE if port.queues > 1 else 0)
+    fds: list[int] = []
+    try:
+        number = (_CLASS / port.tap / f"tap{index}" / "dev").read_text().strip()
+        for _ in range(port.queues):
+            fds.append(fd := os.open(device, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
+            node = os.fstat(fd).st_rdev
+            if f"{os.major(node)}:{os.minor(node)}" != number:
+                raise StartFailed(f"{device} is not the device of the macvtap '{port.tap}'")
+            fcntl.ioctl(fd, TUNSETIFF, _REQUEST.pack(port.tap.encode(), flags))
+    except BaseException as error:
+        for fd in fds:
+            os.close(fd)
+        if isinstance(error, OSError):
+            raise StartFailed(f"cannot open the macvtap '{port.tap}': {error.strerror}") from error
+        raise
+    return fds
+
+
+def _find_ours(netlink: Any) -> Iterator[tuple[int, str]]:
+    for link in netlink.get_links():
+        info = link.get_attr("IFLA_LINKINFO")
+        alias = link.get_attr("IFLA_IFALIAS") or ""
+        if info and info.get_attr("IFLA_INFO_KIND") == "macvtap" and alias.startswith(ALIAS):
+            yield link["index"], alias.removeprefix(ALIAS).partition(":")[0]
+
+
+@contextmanager
+def _open_netlink() -> Iterator[Any]:
+    # Late: 130 ms, and a host whose VMs have none never needs it.
+    from pyroute2 import IPRoute, NetlinkError
+
+    try:
+        with IPRoute() as netlink:
+            yield netlink
+    except NetlinkError as error:
+        text = error.args[1] if len(error.args) > 1 else error.code
+        raise StartFailed(f"the kernel refused a macvtap: {text}") from error

@@ -54,6 +54,9 @@ lint: venv ## ruff and mypy
 demo: venv ## install vmsilo in a container host and show a real VM answering vm-run
 	$(RUN)/python -m hosts.demo
 
+demo-network: venv ## show what three VMs reach: the internet through NAT, each other, and nothing else
+	$(RUN)/python -m hosts.demo_network
+
 bench: venv ## measure, side by side in one run; see docs/performance.md
 	$(RUN)/python -m bench
 
@@ -66,7 +69,10 @@ lab-test: venv ## boot a whole virtual host (QEMU, nested KVM) and run the tests
 lab-shell: venv ## a root shell in that host with vmsilo installed
 	$(RUN)/python -m hosts.lab_shell
 
-lab-bench: venv ## measure beside libvirt and systemd-vmspawn in that host; see docs/performance.md
+lab-demo-network: venv ## show what three VMs reach: the internet through NAT, each other, and nothing else
+	$(RUN)/python -m hosts.demo_network
+
+bench: venv ## measure beside libvirt and systemd-vmspawn in that host; see docs/performance.md
 	$(RUN)/python -m bench.lab
 
 demo-lab: venv ## show VMs on KVM, a NIC passed through, a refused group, a serial login

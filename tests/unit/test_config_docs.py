@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
+from vmsilod.config.network import InterfaceOptions
 from vmsilod.config.schema import GlobalConfig, VmFile
 
 TEXT = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
-SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL))
+SECTIONS = dict(re.findall(r"^##+ (.*?)\n(.*?)(?=^##|\Z)", TEXT, re.MULTILINE | re.DOTALL))
 
 
 def flatten(model: type[BaseModel], prefix: str = "") -> dict[str, object]:
@@ -25,10 +26,15 @@ def flatten(model: type[BaseModel], prefix: str = "") -> dict[str, object]:
 
 
 @pytest.mark.parametrize(
-    ("section", "model"), [("Global options", GlobalConfig), ("Options of a VM", VmFile)]
+    ("section", "model"),
+    [
+        ("Global options", GlobalConfig),
+        ("Options of a VM", VmFile),
+        ("Options of an interface", InterfaceOptions),
+    ],
 )
 def test_table_has_every_option_and_its_default(section: str, model: type[BaseModel]) -> None:
-    rows = re.findall(r"^\| `([a-z_.]+)` \| .*? \| (.*?) \| .*\|$", SECTIONS[section], re.MULTILINE)
+    rows = re.findall(r"^\| `([a-z0-9_.]+)` \| .*? \| (.*?) \| .*\|$", SECTIONS[section], re.MULTILINE)
     documented = dict(rows)
     options = flatten(model)
     assert documented.keys() == options.keys()

@@ -321,7 +321,7 @@ def test_problem_as_a_line() -> None:
 def test_examples_have_no_problems() -> None:
     configuration = load_configuration((EXAMPLES,), BARE)
     assert configuration.problems == ()
-    assert set(configuration.vms) == {"banking", "personal", "untrusted"}
+    assert set(configuration.vms) == {"banking", "personal", "shopping", "untrusted"}
     spelled_out = tomllib.loads((EXAMPLES / "vms.d/personal.toml").read_text())
     assert spelled_out.keys() >= {"memory", "cpus"}
     for key, value in spelled_out.items():

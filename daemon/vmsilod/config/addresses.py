@@ -22,7 +22,6 @@ _INTERFACE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}")
 # Directories of /proc/sys/net/ipv4/conf, and the loopback that every machine has.
 _RESERVED_INTERFACES = frozenset({"all", "default", "lo"})
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
-_PORT = re.compile(r"[0-9]{1,5}")
 _PORTS = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
 _ALLOW = re.compile(r"(?:\[(?P<v6>[^\]]*)\]|(?P<v4>[^:\[\]]*)):(?P<ports>[^/]*)(?:/(?P<protocol>.*))?")
 PORT_MAX = 65535
@@ -163,26 +162,17 @@ def _check_gateway(text: str, version: int) -> str:
     return address
 
 
-def check_port(value: Any) -> int:  # whatever TOML gave
-    if isinstance(value, str) and _PORT.fullmatch(value):
-        value = int(value)
-    if type(value) is not int or not 1 <= value <= PORT_MAX:
-        shown = f"'{value}'" if isinstance(value, str) else value
-        raise ValueError(f"{shown} is not a port: 1 to {PORT_MAX}")
-    return value
-
-
 def check_ports(value: Any) -> str | None:  # whatever TOML gave
     """ "80" or "80-90"; a number is one port. None, which TOML has not, is all of them."""
     if value is None:
         return None
-    if type(value) is int:
-        return str(check_port(value))
-    match = _PORTS.fullmatch(value) if isinstance(value, str) else None
+    match = _PORTS.fullmatch(str(value)) if type(value) in (int, str) else None
     if match is None:
         raise ValueError(f"'{value}' is not a port or a range such as 80-90")
-    first = check_port(match[1])
-    last = check_port(match[2] or match[1])
+    first, last = int(match[1]), int(match[2] or match[1])
+    for port in (first, last):
+        if not 1 <= port <= PORT_MAX:
+            raise ValueError(f"{port} is not a port: 1 to {PORT_MAX}")
     if last < first:
         raise ValueError(f"'{value}' ends before it begins")
     return str(first) if first == last else f"{first}-{last}"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from vmsilod.config import checks as checking
+from vmsilod.config import network_checks
 from vmsilod.config.files import Document, FileSet, find_global, find_vms, load_document
 from vmsilod.config.model import VmConfig, resolve_vm
 from vmsilod.config.problems import Problem, describe_error, printable
@@ -62,6 +63,7 @@ class _Found:
 
     vms: dict[str, tuple[VmFile, Document]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
 
     def broken_names(self) -> frozenset[str]:
         return frozenset(problem.vm for problem in self.problems if problem.vm)
@@ -73,7 +75,7 @@ def load_configuration(roots: Sequence[Path] = DEFAULT_ROOTS, checks: Checks | N
     ownership = checks.ownership
     if ownership is None:
         ownership = all(any(root.is_relative_to(top) for top in _OWNED_BY_ROOT) for root in roots)
-    settings, problems = _load_global(roots, checks, ownership=ownership)
+    settings, settings_file, problems = _load_global(roots, checks, ownership=ownership)
     found = _Found(problems=problems)
     sets, more = find_vms(roots)
     found.problems += more
@@ -81,13 +83,14 @@ def load_configuration(roots: Sequence[Path] = DEFAULT_ROOTS, checks: Checks | N
     for vm, document in found.vms.values():
         vmm = vm.vmm or (settings.vmm if settings else "auto")
         found.problems += checking.check_vmm(vm, vmm, document.find_origin)
+    _check_network(found, settings, settings_file, checks)
     _check_dependencies(found)
     return _conclude(settings, found)
 
 
 def _load_global(
     roots: Sequence[Path], checks: Checks, *, ownership: bool
-) -> tuple[GlobalConfig | None, list[Problem]]:
+) -> tuple[GlobalConfig | None, Document, list[Problem]]:
     files, problems = find_global(roots)
     missing = printable(roots[-1] / "vmsilo.toml") if roots else "vmsilo.toml"
     document = load_document(files, missing_file=missing, ownership=ownership)
@@ -96,14 +99,14 @@ def _load_global(
         problems.append(
             Problem(missing, "", "does not exist", 'it must say at least user = "YOUR LOGIN NAME"')
         )
-        return None, problems
+        return None, document, problems
     if document.problems:
-        return None, problems
+        return None, document, problems
     settings, faults = _validate(GlobalConfig, document, None)
     problems += faults
     if settings is not None and checks.accounts:
         problems += checking.check_account(settings, document.find_origin(("user",)))
-    return (None if problems else settings), problems
+    return (None if problems else settings), document, problems
 
 
 def _load_vms(found: _Found, sets: Sequence[FileSet], checks: Checks, *, ownership: bool) -> None:
@@ -195,6 +198,22 @@ def _find_table(annotation: Any) -> type[BaseModel] | None:
     return next((table for inner in get_args(annotation) if (table := _find_table(inner))), None)
 
 
+def _check_network(found: _Found, settings: GlobalConfig | None, document: Document, checks: Checks) -> None:
+    files = {
+        name: network_checks.NetworkFile(name, vm.network, own.find_origin)
+        for name, (vm, own) in found.vms.items()
+    }
+    nat_file = document.find_origin(("host_networking", "nat", "interface"))
+    found.problems += network_checks.check_conflicts(files)
+    found.problems += network_checks.check_device_names(files, settings, nat_file)
+    for file in files.values():
+        found.warnings += network_checks.find_stray_gateways(file)
+        found.problems += network_checks.check_devices(file) if checks.files else []
+    if settings is not None and checks.files:
+        found.warnings += network_checks.find_missing_nat(settings, nat_file)
+        found.warnings += network_checks.find_host_overlaps(files)
+
+
 def _check_dependencies(found: _Found) -> None:
     depends_on = {name: vm.depends_on for name, (vm, _) in found.vms.items()}
     files = {name: document.find_origin(("depends_on",)) for name, (_, document) in found.vms.items()}
@@ -217,7 +236,7 @@ def _conclude(settings: GlobalConfig | None, found: _Found) -> Configuration:
             )
             continue
         vms[name] = resolve_vm(settings, vm, document.sources)
-    warnings = checking.find_shared_devices(
+    warnings = found.warnings + checking.find_shared_devices(
         {name: vm.pci_devices for name, vm in vms.items()},
         {name: found.vms[name][1].find_origin(("pci_devices",)) for name in vms},
     )

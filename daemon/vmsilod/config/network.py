@@ -25,7 +25,7 @@ INTERFACES_MAX = 8
 _NETWORK_NAME = re.compile(r"[a-z][a-z0-9-]{0,30}")
 
 InterfaceType = Literal["tap", "vm-switch", "macvtap"]
-Protocol = Literal["tcp", "udp"]
+Protocol = Literal["tcp", "udp", "icmp"]
 
 
 def _check_network_name(name: str) -> str:
@@ -84,6 +84,8 @@ class AllowEntry(Table):
     def _check(self) -> Self:
         if self.port and self.protocol is None:
             raise ValueError(f"port {self.port} needs its protocol, tcp or udp")
+        if self.port and self.protocol == "icmp":
+            raise ValueError("icmp has no ports")
         return self
 
     @property

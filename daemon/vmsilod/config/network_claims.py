@@ -124,30 +124,29 @@ def _is_guest(claim: Claim) -> bool:
     return claim.domain == f"VM {claim.vm}"
 
 
-def _find_overlaps(claims: Iterable[Claim]) -> list[tuple[Claim, Claim]]:
-    """Subnets of the host with one another, and with addresses of VMs that are not in them."""
+def _find_overlaps(claims: list[Claim]) -> list[tuple[Claim, Claim]]:
+    """Subnets of the host with one another, and with addresses of VMs on interfaces that have no subnet of
+    the host: that those of the others are in it, the models have seen to.
+    """
+    routed = {(claim.vm, claim.interface) for claim in claims if claim.kind == "subnet"}
     found: list[tuple[tuple[int, int, int], Network, Claim]] = []
     for claim in claims:
-        if (
-            claim.domain == _HOST
-            and claim.kind in ("address", "subnet")
-            and not isinstance(claim.value, str)
-        ):
-            net = claim.value
+        net = claim.value
+        if isinstance(net, str) or claim.domain != _HOST:
+            continue
+        if claim.kind == "subnet" or (claim.vm, claim.interface) not in routed:
             found.append(((net.version, int(net.network_address), net.prefixlen), net, claim))
     found.sort(key=lambda entry: entry[0])
     pairs = []
-    widest: tuple[Network, Claim] | None = None
+    widest: tuple[Network, Claim] | None = None  # two networks overlap only if one is in the other
     for _, network, claim in found:
-        if (
-            widest is None
-            or widest[0].version != network.version
-            or int(widest[0].broadcast_address) < int(network.network_address)
-        ):
-            widest = (network, claim) if claim.kind == "subnet" else None
-            continue
-        other = widest[1]
-        own = claim.kind == "address" and (other.vm, other.interface) == (claim.vm, claim.interface)
-        if not own and other != claim:
-            pairs.append((other, claim))
+        if widest is not None and _is_inside(network, widest[0]):
+            pairs.append((widest[1], claim))
+        elif claim.kind == "subnet":
+            widest = (network, claim)
     return pairs
+
+
+def _is_inside(network: Network, other: Network) -> bool:
+    """Of two of which `other` begins first."""
+    return network.version == other.version and int(network.network_address) <= int(other.broadcast_address)

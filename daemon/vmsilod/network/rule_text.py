@@ -52,8 +52,8 @@ def render_set(name: str, kind: str, elements: Iterable[str], *, flags: str = ""
     return _render_named("set", name, kind, elements, flags)
 
 
-def render_map(name: str, kind: str, elements: Mapping[str, str]) -> str:
-    return _render_named("map", name, kind, (f"{key} : {value}" for key, value in elements.items()), "")
+def render_map(name: str, kind: str, elements: Mapping[str, str], *, flags: str = "") -> str:
+    return _render_named("map", name, kind, (f"{key} : {value}" for key, value in elements.items()), flags)
 
 
 def _render_named(what: str, name: str, kind: str, elements: Iterable[str], flags: str) -> str:

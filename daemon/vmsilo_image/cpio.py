@@ -19,6 +19,7 @@ MAGIC = b"070701"
 TRAILER = "TRAILER!!!"
 ALIGN = 4
 SECRET = re.compile(r"[0-9a-f]{64}")
+NETWORK_FILE = re.compile(r"(networkd\.conf\.d|network|resolved\.conf\.d)/[A-Za-z0-9][A-Za-z0-9._@+:-]*")
 LOGIN = re.compile(r"[a-z_][a-z0-9_-]{0,30}")
 
 
@@ -66,9 +67,12 @@ def newc_archive(entries: Iterable[Entry]) -> bytes:
     return bytes(out)
 
 
-def secret_archive(secret_hex: str, ssh: SshKeys | None = None) -> bytes:
-    """What the host appends to an image's initrd for one boot: /vmsilo/secret, mode 0400, and the keys below
-    /vmsilo/ssh. sshd reads authorized keys, which are public, with the rights of the login."""
+def secret_archive(
+    secret_hex: str, ssh: SshKeys | None = None, network: Mapping[str, str] | None = None
+) -> bytes:
+    """What the host appends to an image's initrd for one boot: /vmsilo/secret, mode 0400, the keys below
+    /vmsilo/ssh, and `network`, files for /run/systemd by their path there. sshd reads authorized keys, which
+    are public, with the rights of the login; networkd and resolved have uids of their own, too."""
     if not SECRET.fullmatch(secret_hex):
         raise ValueError("a secret is 64 lower-case hexadecimal digits")
     entries = [directory("vmsilo", 0o711), regular("vmsilo/secret", secret_hex.encode() + b"\n", 0o400)]
@@ -79,7 +83,20 @@ def secret_archive(secret_hex: str, ssh: SshKeys | None = None) -> bytes:
             regular(f"vmsilo/ssh/authorized/{check_login(login)}", line, 0o444)
             for login, line in ssh.authorized.items()
         ]
+    entries += _network_entries(network or {})
     return newc_archive(entries)
+
+
+def _network_entries(network: Mapping[str, str]) -> list[Entry]:
+    if not network:
+        return []
+    for name in network:
+        if not NETWORK_FILE.fullmatch(name):
+            raise ValueError(f"{name!r} is not the name of a network configuration file")
+    folders = sorted({name.partition("/")[0] for name in network})
+    entries = [directory("vmsilo/systemd"), *(directory(f"vmsilo/systemd/{folder}") for folder in folders)]
+    entries += [regular(f"vmsilo/systemd/{name}", text.encode()) for name, text in network.items()]
+    return entries
 
 
 def check_login(login: str) -> str:

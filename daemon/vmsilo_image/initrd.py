@@ -17,6 +17,7 @@ from .errors import ImageError
 from .tree import resolve_inside
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 # libcrc32c of a full Debian kernel, which erofs needs, does not load without the algorithm, and modules.dep
@@ -41,8 +42,10 @@ WANTED = (
 # for ever. The others: a root that is persistent memory.
 PMEM = ("virtio_pmem", "nd_pmem")
 WANTED_IF_THERE = ("pvpanic_mmio", "pvpanic_pci", *PMEM)
+# Loaded by init only where the host names an interface.
+NETWORK = ("virtio_net",)
 APPLETS = (
-    *("cat", "cp", "cttyhack", "insmod", "mkdir", "mount", "poweroff", "rm"),
+    *("cat", "cp", "cttyhack", "insmod", "ip", "mkdir", "mount", "mv", "poweroff", "rm"),
     *("setsid", "sh", "switch_root", "usleep"),
 )
 DIRECTORIES = ("bin", "dev", "modules", "new", "proc", "root", "rw", "sys")
@@ -57,8 +60,11 @@ def build_initrd(root: Path, release: str, init: bytes) -> bytes:
     entries.append(cpio.regular("bin/busybox", load_busybox(root), 0o755))
     entries.extend(cpio.symlink(f"bin/{applet}", "busybox") for applet in APPLETS)
     loaded = load_modules(root, release)
-    entries.extend(cpio.regular(f"modules/{name}", data) for name, data in loaded)
-    entries.append(cpio.regular("modules/list", "".join(f"{name}\n" for name, _ in loaded).encode()))
+    network = [each for each in load_modules(root, release, (), NETWORK) if each not in loaded]
+    entries.extend(cpio.regular(f"modules/{name}", data) for name, data in (*loaded, *network))
+    for list_name, modules_of in (("list", loaded), ("network", network)):
+        lines = "".join(f"{name}\n" for name, _ in modules_of)
+        entries.append(cpio.regular(f"modules/{list_name}", lines.encode()))
     return cpio.pad(cpio.newc_archive(entries), 512)
 
 
@@ -70,7 +76,9 @@ def load_busybox(root: Path) -> bytes:
     raise ImageError("the image has no busybox", 'Add "busybox-static" to packages.')
 
 
-def load_modules(root: Path, release: str) -> list[tuple[str, bytes]]:
+def load_modules(
+    root: Path, release: str, wanted: Sequence[str] = WANTED, if_there: Sequence[str] = WANTED_IF_THERE
+) -> list[tuple[str, bytes]]:
     """(file name, uncompressed module), in load order."""
     base = resolve_inside(root, f"/lib/modules/{release}")
     try:
@@ -78,7 +86,7 @@ def load_modules(root: Path, release: str) -> list[tuple[str, bytes]]:
         builtin = (base / "modules.builtin").read_text()
     except OSError as error:
         raise ImageError(f"the modules of kernel {release} cannot be read: {error.strerror}") from error
-    order = modules.plan_load_order(WANTED, dependencies, builtin, WANTED_IF_THERE, FIRST_IF_THERE)
+    order = modules.plan_load_order(wanted, dependencies, builtin, if_there, FIRST_IF_THERE)
     return [(f"{modules.module_name(path)}.ko", uncompress(base / path)) for path in order]
 
 

@@ -39,6 +39,14 @@ EXCLUDED = (
     "path-exclude=/usr/share/locale/*",
     "path-include=/usr/share/locale/locale.alias",
 )
+UNITS_OF_PACKAGES = "/usr/lib/systemd/system"
+# Unit -> the target that wants it ("" for none: networkd does), and its drop-in in guest/image.
+NETWORK_UNITS = {
+    "systemd-networkd.service": ("multi-user.target", "networkd.conf"),
+    "systemd-networkd.socket": ("", "networkd.conf"),
+    "systemd-networkd-wait-online.service": ("network-online.target", "wait-online.conf"),
+    "systemd-resolved.service": ("sysinit.target", "resolved.conf"),
+}
 LOCALE = b"LANG=C.UTF-8\n"
 FILES = {
     "/etc/machine-id": b"",
@@ -104,6 +112,7 @@ def configure_root(root: Path, release: str, recipe: Recipe, guest: GuestFiles, 
     install_units(root, guest)
     install_sshd(root, guest)
     install_console_login(root, guest, recipe.user)
+    install_network(root, guest)
     trim_root(root, release)
     install_user(root, recipe, log)
     for entry in recipe.files:
@@ -159,6 +168,19 @@ def install_console_login(root: Path, guest: GuestFiles, user: str) -> None:
     write_file(root, f"{SYSTEM_UNITS}/vmsilo-console-login.timer", timer)
     wants = f"{SYSTEM_UNITS}/multi-user.target.wants/vmsilo-console-login.timer"
     write_link(root, wants, "../vmsilo-console-login.timer")
+
+
+def install_network(root: Path, guest: GuestFiles) -> None:
+    """networkd and resolved, which run only where a boot or the image brought them something to do."""
+    units = resolve_inside(root, UNITS_OF_PACKAGES)
+    for unit, (target, drop_in) in NETWORK_UNITS.items():
+        if not (units / unit).is_file():
+            continue
+        write_file(root, f"{SYSTEM_UNITS}/{unit}.d/vmsilo.conf", guest.read(drop_in))
+        if target:
+            write_link(root, f"{SYSTEM_UNITS}/{target}.wants/{unit}", f"{UNITS_OF_PACKAGES}/{unit}")
+    if (units / "systemd-resolved.service").is_file():
+        write_link(root, "/etc/resolv.conf", "../run/systemd/resolve/stub-resolv.conf")
 
 
 def install_user(root: Path, recipe: Recipe, log: Path) -> None:

@@ -44,6 +44,8 @@ MASKED = (
     # udev loads what there is a device for; its static nodes are a file since the image was built.
     *("modprobe@.service", "kmod-static-nodes.service", "systemd-tmpfiles-setup-dev-early.service"),
     "systemd-udev-load-credentials.service",
+    # Nothing is kept over a boot, and the host says by files what a command line would.
+    *("systemd-networkd-persistent-storage.service", "systemd-network-generator.service"),
     # sshd is there for the host, over vsock: not on a network of the VM, not for the guest's own users.
     *("ssh.service", "ssh.socket", "sshd.service", "sshd-unix-local.socket", "sshd-keygen.service"),
 )

@@ -21,7 +21,7 @@ from vmsilod.errors import StartFailed
 from vmsilod.resources import image, record, rundir, ssh_keys, vhost_user, vsock
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from vmsilod.resources.vhost_user import Account
 
@@ -50,6 +50,7 @@ class Request:
     vhost_user: tuple[str, ...] = ()
     ssh: bool = False
     owner: int = 0
+    network_files: Mapping[str, str] = field(default_factory=dict)  # vmsilod.network.guest
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,11 @@ def acquire(request: Request) -> Acquired:
         plain_kernel = request.boot.kernel is not None and files.initrd is None
         shelf = directory if request.opens_as is not None else None
         ssh = ssh_keys.prepare_keys(request.name, files.login, request.owner) if request.ssh else None
-        initrd_fd = None if plain_kernel else keep(image.make_initrd(files.initrd, secret, ssh, shelf))
+        initrd_fd = (
+            None
+            if plain_kernel
+            else keep(image.make_initrd(files.initrd, secret, ssh, shelf, request.network_files))
+        )
         monitor_fd = keep(rundir.bind_listener(directory / "monitor.sock", request.monitor_kind, 0o600))
         vhost_user_fds = [keep(fd) for fd in _open_vhost_user(request)]
         if request.opens_as is not None:

@@ -99,6 +99,21 @@ def test_ssh_keys_travel_with_the_secret() -> None:
     assert members["vmsilo/ssh"][0] == members["vmsilo/ssh/authorized"][0] == stat.S_IFDIR | 0o711
 
 
+def test_network_files_travel_with_the_secret() -> None:
+    files = {"network/10-vmsilo-wan.link": "[Link]\n", "resolved.conf.d/10-vmsilo.conf": "[Resolve]\n"}
+    members = read_newc(cpio.secret_archive("0f" * 32, None, files))
+    assert members["vmsilo/systemd/network/10-vmsilo-wan.link"] == (stat.S_IFREG | 0o644, b"[Link]\n")
+    assert members["vmsilo/systemd/resolved.conf.d/10-vmsilo.conf"][1] == b"[Resolve]\n"
+    folders = [name for name, (mode, _) in members.items() if mode == stat.S_IFDIR | 0o755]
+    assert folders == ["vmsilo/systemd", "vmsilo/systemd/network", "vmsilo/systemd/resolved.conf.d"]
+
+
+@pytest.mark.parametrize("name", ["", "x", "network/", "network/../x", "network/a/b", "system/a.service"])
+def test_only_network_configuration_travels_as_such(name: str) -> None:
+    with pytest.raises(ValueError, match="network configuration"):
+        cpio.secret_archive("0f" * 32, None, {name: "x"})
+
+
 @pytest.mark.parametrize("login", ["", "../root", "a/b", "A", "-x"])
 def test_a_login_is_a_plain_name(login: str) -> None:
     with pytest.raises(ValueError, match="login"):
@@ -149,10 +164,13 @@ def test_initrd_holds_init_its_applets_and_uncompressed_modules(tmp_path: Path) 
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/busybox").write_bytes(b"BB")
     names = ("erofs", "overlay", "virtio_blk", "vsock", "vmw_vsock_virtio_transport")
-    (base.parent / "modules.dep").write_text("".join(f"kernel/{name}.ko.xz:\n" for name in names))
+    network = ("failover", "net_failover", "virtio_net")
+    dependencies = "".join(f"kernel/{name}.ko.xz:\n" for name in (*names, *network[:2]))
+    needs = "kernel/net_failover.ko.xz kernel/failover.ko.xz"
+    (base.parent / "modules.dep").write_text(f"{dependencies}kernel/virtio_net.ko.xz: {needs}\n")
     builtin = ("button", "ext4", "virtio_console", "virtio_rng", "virtio_pci", "virtio_mmio")
     (base.parent / "modules.builtin").write_text("".join(f"kernel/{name}.ko\n" for name in builtin))
-    for name in names:
+    for name in (*names, *network):
         (base / f"{name}.ko.xz").write_bytes(lzma.compress(name.encode()))
     init = (GUEST_IMAGE / "init").read_bytes()
     archive = build_initrd(tmp_path, "6.1-x", init)
@@ -161,7 +179,11 @@ def test_initrd_holds_init_its_applets_and_uncompressed_modules(tmp_path: Path) 
     assert members["init"] == (stat.S_IFREG | 0o755, init)
     assert members["modules/erofs.ko"][1] == b"erofs"
     listed = members["modules/list"][1].decode().split()
-    assert [f"modules/{name}" for name in listed] == [n for n in members if n.endswith(".ko")]
+    for_interfaces = members["modules/network"][1].decode().split()
+    assert [f"modules/{name}" for name in (*listed, *for_interfaces)] == [
+        name for name in members if name.endswith(".ko")
+    ]
+    assert for_interfaces == [f"{name}.ko" for name in network]
     assert all(members[f"bin/{applet}"][1] == b"busybox" for applet in APPLETS)
 
 

@@ -130,6 +130,14 @@ def test_the_secret_is_behind_the_initrd_and_sealed(images: Path) -> None:
         os.close(fd)
 
 
+def test_network_files_are_behind_the_initrd() -> None:
+    fd = image.make_initrd(None, SECRET, network={"network/10-vmsilo-wan.link": "[Link]\nName=wan\n"})
+    try:
+        assert b"[Link]\nName=wan\n" in os.pread(fd, 1 << 20, 0)
+    finally:
+        os.close(fd)
+
+
 def test_initrd_as_a_nameless_file_is_for_reading_only(images: Path, tmp_path: Path) -> None:
     (images / "odd").write_bytes(b"x" * 13)
     before = set(tmp_path.iterdir())

@@ -14,12 +14,15 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vmsilo_image.cpio import SshKeys, check_login, secret_archive
 
 from vmsilod.errors import StartFailed
 from vmsilod.resources.paths import open_safely
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 IMAGES_DIR = Path("/var/lib/vmsilo/images")
 COPY_CHUNK = 1 << 24
@@ -98,10 +101,14 @@ def open_file(path: Path, *, writable: bool = False) -> int:
 
 
 def make_initrd(
-    initrd: Path | None, secret: str, ssh: SshKeys | None = None, directory: Path | None = None
+    initrd: Path | None,
+    secret: str,
+    ssh: SshKeys | None = None,
+    directory: Path | None = None,
+    network: Mapping[str, str] | None = None,
 ) -> int:
     """A sealed memory file: the initrd, padded to 4 bytes, and behind it a cpio archive that holds only the
-    secret and the ssh keys.
+    secret, the ssh keys and the configuration of the guest's network.
 
     The kernel unpacks concatenated archives one after the other
     (Documentation/driver-api/early-userspace/buffer-format). A command line would show the secret: argv to
@@ -116,7 +123,7 @@ def make_initrd(
         target = _create_nameless(directory)
     try:
         size = _copy(initrd, target) if initrd is not None else 0
-        os.pwrite(target, b"\0" * (-size % 4) + secret_archive(secret, ssh), size)
+        os.pwrite(target, b"\0" * (-size % 4) + secret_archive(secret, ssh, network), size)
         if directory is None:
             seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
             fcntl.fcntl(target, fcntl.F_ADD_SEALS, seals)

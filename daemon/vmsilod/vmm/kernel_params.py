@@ -26,6 +26,7 @@ def plan_kernel_params(
     """The whole line. The user's own come last, so that they win where the kernel takes the last of two."""
     params = [*vmm_params, *_console_params(console), *_guest_params(vm.name), *_root_params(leases.root)]
     params += _hotplug_params(vm)
+    params += [f"vmsilo.ifname={_check_param(name)},{mac}" for name, mac in vm.ifnames]
     params += [_check_param(param) for param in vm.kernel_params]
     line = " ".join(params)
     if len(line) > MAX_LENGTH:

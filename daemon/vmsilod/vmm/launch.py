@@ -100,6 +100,8 @@ class VmShape:
     """Bound to vfio-pci, their groups' nodes in /dev/vfio open to the VM's uid."""
     usb: bool = False
     """The VM has an xHCI controller, into which host devices can be plugged while it runs."""
+    ifnames: tuple[tuple[str, str], ...] = ()
+    """Of each network interface the guest's name for it and its MAC, lower case with colons."""
     crosvm: CrosvmShape = field(default_factory=CrosvmShape)
     qemu: QemuShape = field(default_factory=QemuShape)
     cloud_hypervisor: CloudHypervisorShape = field(default_factory=CloudHypervisorShape)

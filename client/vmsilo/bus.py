@@ -91,6 +91,11 @@ class Bus:
         (vms,) = self.call("List")
         return [{key: value for key, (_signature, value) in vm.items()} for vm in vms]
 
+    def find_network(self, name: str) -> "list[dict[str, Any]]":
+        """The interfaces of a VM, without D-Bus types."""
+        (ports,) = self.call("GetNetwork", "s", (name,))
+        return [{key: value for key, (_signature, value) in port.items()} for port in ports]
+
     def find_vm(self, name: str) -> "dict[str, Any] | None":
         return next((vm for vm in self.find_vms() if vm.get("Name") == name), None)
 

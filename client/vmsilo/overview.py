@@ -94,7 +94,9 @@ def _print(text: str) -> None:
 def _fetch(name: str | None, place: Place) -> "list[dict[str, Any]]":
     bus = Bus(place)
     try:
-        return bus.find_vms() if name is None else [check_known(bus, name, place)]
+        if name is None:
+            return bus.find_vms()
+        return [check_known(bus, name, place) | {"Network": bus.find_network(name)}]
     finally:
         bus.close()
 
@@ -174,14 +176,24 @@ def _show_vm(name: str, place: Place, *, as_json: bool) -> int:
     if as_json:
         _print_json(vm)
     else:
-        shown = {key: _text(key, vm) for key in vm if key != "Problems"}
+        shown = {key: _text(key, vm) for key in vm if key not in ("Problems", "Network")}
         width = max(len(key) for key in shown)
         lines = [f"{printable(key, 40).ljust(width)}  {value}".rstrip() for key, value in shown.items()]
         if vm.get("RestartNeeded"):
             lines.append(f"restart needed: the configuration of '{name}' has changed since it was started")
         lines += [f"problem: {printable(problem)}" for problem in vm.get("Problems") or []]
+        lines += [_interface(port) for port in vm["Network"]]
         _print("\n".join(lines) + "\n")
     return 0 if vm.get("State") == "running" else NOT_RUNNING
+
+
+def _interface(port: "dict[str, Any]") -> str:
+    counted = f"{_number(port.get('Received'))} bytes received, {_number(port.get('Sent'))} sent"
+    if _number(port.get("Denied")):
+        counted += f", {_number(port.get('Denied'))} packets denied"
+    place = f"{printable(port.get('Interface', ''), 20)} ({printable(port.get('Tap', ''), 20)})"
+    line = f"network {place}: {printable(port.get('State', ''), 20)}, {counted}"
+    return f"{line}; {printable(port['Problem'])}" if port.get("Problem") else line
 
 
 def _text(key: str, vm: "dict[str, Any]") -> str:

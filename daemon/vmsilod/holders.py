@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vmsilod.consoles import Consoles
     from vmsilod.endings import Endings
+    from vmsilod.network.pool import NetworkPool
     from vmsilod.pci.claims import PciClaims
     from vmsilod.usb.attachments import UsbAttachments
 
@@ -22,3 +23,4 @@ class Holders:
     endings: Endings
     pci: PciClaims
     usb: UsbAttachments
+    network: NetworkPool

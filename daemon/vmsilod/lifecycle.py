@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from vmsilod.bus.requests import RunRequest, SshRequest
-    from vmsilod.bus.views import Change, VmView
+    from vmsilod.bus.views import Change, NetworkView, VmView
     from vmsilod.holders import Holders
     from vmsilod.pci.ledger import PciView
     from vmsilod.publication import Publication
@@ -56,6 +56,7 @@ class Lifecycle:
         self._registry = registry
         self._endings = holders.endings
         self._pci = holders.pci
+        self._network = holders.network
         self._systemd = systemd
         self._runs = runs
         self._publication = publication
@@ -148,6 +149,9 @@ class Lifecycle:
 
     async def resize_memory(self, name: str, size: int) -> dict[str, int]:
         return await resize_memory(self._registry.require(name), size)
+
+    async def read_network(self, name: str) -> list[NetworkView]:
+        return await self._network.find_views(self._registry.require(name).name)
 
     async def open_ssh(self, request: SshRequest) -> tuple[int, int, str, str]:
         """What a login by ssh needs: connection and private key (descriptors), the login, the host key."""

@@ -27,6 +27,10 @@ from vmsilod.endings import Endings
 from vmsilod.errors import VmsiloError
 from vmsilod.holders import Holders
 from vmsilod.lifecycle import Lifecycle
+from vmsilod.network.pool import NetworkPool
+from vmsilod.network.switch import Switches
+from vmsilod.network.switch_units import SwitchUnits
+from vmsilod.network.watch import NetworkWatch
 from vmsilod.pci.claims import PciClaims
 from vmsilod.publication import Publication
 from vmsilod.registry import Registry
@@ -59,8 +63,9 @@ class Daemon:
         self._endings = Endings(self._registry, self._systemd, lambda vm: self._lifecycle.changed(vm))
         self._pci = PciClaims(self._systemd.start)
         self._usb = UsbAttachments(self._registry)
-        self._publication = Publication(self._registry, self._systemd, self._pci)
-        holders = Holders(self._consoles, self._endings, self._pci, self._usb)
+        self._network = NetworkPool(Switches(SwitchUnits(self._systemd)))
+        self._publication = Publication(self._registry, self._systemd, self._pci, self._network)
+        holders = Holders(self._consoles, self._endings, self._pci, self._usb, self._network)
         self._runs = Runs(self._registry, self._systemd, holders, lambda vm: self._lifecycle.changed(vm))
         self._lifecycle = Lifecycle(self._registry, self._systemd, holders, self._runs, self._publication)
         self._publication.on_applied = self._take_over
@@ -72,6 +77,7 @@ class Daemon:
         await self._endings.load()
         await self._runs.repair()
         await self._lifecycle.refresh_all()
+        self._network_watch = NetworkWatch(self._network.rules_touched, self._network.links_touched)
         await self._publication.reload()
         await self._lifecycle.refresh_all()
         await self._usb.load()

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from vmsilod.config.load import Configuration
     from vmsilod.config.model import VmConfig
     from vmsilod.config.problems import Problem
+    from vmsilod.network.pool import NetworkPool
     from vmsilod.pci.claims import PciClaims
     from vmsilod.registry import Registry, Vm
     from vmsilod.systemd import Systemd
@@ -49,9 +50,10 @@ class Publication:
     taken over.
     """
 
-    def __init__(self, registry: Registry, systemd: Systemd, pci: PciClaims) -> None:
+    def __init__(self, registry: Registry, systemd: Systemd, pci: PciClaims, network: NetworkPool) -> None:
         self._registry = registry
         self._pci = pci
+        self._network = network
         self._systemd = systemd
         self._lock = Lock()
         self.on_applied: Callable[[int], None] = lambda _problems: None
@@ -62,7 +64,13 @@ class Publication:
         """Read everything again and take it over; returns what is wrong with it."""
         async with self._lock:
             configuration = await loop.in_worker(load_configuration)
+            host = await loop.in_worker(probe_host)
             self._registry.apply(configuration)
+            # At once: whoever starts now waits for it. TAPs are there before a unit can want them.
+            await self._network.apply(
+                configuration.settings,
+                {name: with_vmm(config, host) for name, config in configuration.vms.items()},
+            )
             for problem in configuration.problems:
                 log.warning("%s", problem)
             await loop.in_worker(apply_rules, configuration)
@@ -174,6 +182,11 @@ def belongs_to(path: Path, user: str) -> bool:
         return path.stat().st_uid == find_uid(user)
     except (OSError, VmsiloError):
         return True
+
+
+def with_vmm(config: VmConfig, host: Host) -> VmConfig:
+    """With what "auto" comes to here."""
+    return config.model_copy(update={"vmm": context_for(config, host).vmm})
 
 
 def context_for(config: VmConfig, host: Host) -> UnitContext:

@@ -108,6 +108,14 @@ class Vm:
         except ValueError:
             return self.config
 
+    @property
+    def started_as(self) -> VmConfig | None:
+        """As `started`, with the VMM that "auto" had come to."""
+        started = self.started
+        if started is None or self.record is None:
+            return started
+        return started.model_copy(update={"vmm": self.record.vmm})
+
     def forget_run(self) -> None:
         """Nothing of a run is left: called when its leases were given back."""
         self.record = None

@@ -20,6 +20,8 @@ from vmsilod.control import Peer, Prepared
 from vmsilod.errors import BadRequest, ConfigBroken, StartFailed, VmsiloError
 from vmsilod.forwards import Forwards
 from vmsilod.host import find_uid, probe_host
+from vmsilod.interfaces import open_interfaces
+from vmsilod.network.guest import plan_guest_files
 from vmsilod.resources import record as records
 from vmsilod.resources import rundir, vsock
 from vmsilod.resources.image import BootChoice
@@ -57,6 +59,7 @@ class Runs:
         self._consoles = holders.consoles
         self._endings = holders.endings
         self._pci = holders.pci
+        self._network = holders.network
         self._on_change = on_change
         self._relay: RelayClient | None = None
         self._vsock_listening = False
@@ -151,9 +154,12 @@ class Runs:
             owner=find_uid(config.user),
         )
         await self._pci.start(vm.name, peer.uid, [device.path for device in config.pci_devices])
-        acquired = await loop.in_worker(preparation.acquire, request)
-        terminals: list[int] = []
+        interfaces = await open_interfaces(self._network, vm.name, choice.kind, peer.pid)
+        held, terminals = interfaces.fds(), list[int]()
         try:
+            request = dataclasses.replace(request, network_files=plan_guest_files(interfaces.ports))
+            acquired = await loop.in_worker(preparation.acquire, request)
+            held += acquired.fds()
             listeners, journal = split_passed(fds)
             if vm.debug:
                 terminals = self.debug_terminals.pop(vm.name, [])
@@ -168,8 +174,10 @@ class Runs:
             if choice.kind is VmmKind.CROSVM and not config.root_disk_readonly:
                 await loop.in_worker(refuse_foreign_format, acquired.root_fd)
             planned = driver.plan_launch(
-                shape_of(config),
-                leases_of(config, peer, acquired, choice.kind, host),
+                shape_of(config, interfaces.ports),
+                dataclasses.replace(
+                    leases_of(config, peer, acquired, choice.kind, host), nets=interfaces.nets
+                ),
                 console=console_of(vm, terminals),
                 binary=choice.binary,
             )
@@ -180,7 +188,7 @@ class Runs:
             )
             await loop.in_worker(records.save_record, vm.record)
         except BaseException:
-            for fd in [*acquired.fds(), *terminals]:
+            for fd in [*held, *terminals]:
                 os.close(fd)
             raise
         self._endings.watch(vm)
@@ -188,7 +196,7 @@ class Runs:
         passed = (*planned.fds, *terminals)
         stdio = tuple(range(len(planned.fds), len(passed)))
         with_terminals = dataclasses.replace(planned, fds=passed)
-        return Prepared(with_terminals, stdio, (*acquired.fds(), *terminals))
+        return Prepared(with_terminals, stdio, (*held, *terminals))
 
     async def _connect_channel(self, vm: Vm, acquired: preparation.Acquired, unit_of_vm: str) -> None:
         if acquired.device_fd is not None:
@@ -302,6 +310,7 @@ class Runs:
             await self._stop_vsock(vm.name, record.unit)
         await self._remove_rundir(vm.name)
         await self._pci.end(vm.name)
+        await self._network.close(vm.name)
         await loop.in_worker(records.forget_record, vm.name)
         vm.forget_run()
         self._on_change(vm)
@@ -322,7 +331,9 @@ class Runs:
             except VmsiloError as error:
                 # One VM's leftovers must not keep the daemon of all others from starting.
                 log.error("VM %s: cannot be repaired: %s", name, error)
-        await self._pci.repair([vm.name for vm in self._registry if vm.record is not None])
+        running = [vm for vm in self._registry if vm.record is not None]
+        await self._pci.repair([vm.name for vm in running])
+        await self._network.repair({vm.name: vm.started_as for vm in running})
         for path in rundir.VM_DIR.glob("*") if rundir.VM_DIR.is_dir() else ():
             vm = self._registry.find(path.name)
             if vm is None or vm.record is None:

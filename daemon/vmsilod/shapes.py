@@ -9,20 +9,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vmsilod.host import LIBDIR, find_uid
+from vmsilod.network.guest import plan_ifnames
 from vmsilod.vmm import launch
 from vmsilod.vmm.drivers import DRIVERS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vmsilod.config.model import VmConfig
     from vmsilod.control import Peer
     from vmsilod.host import Host
+    from vmsilod.network.plan import Port
     from vmsilod.preparation import Acquired
     from vmsilod.vmm.choose import VmmKind
 
 EMPTY_DIR = LIBDIR / "empty"  # crosvm's pivot root: Debian has no /var/empty
 
 
-def shape_of(config: VmConfig) -> launch.VmShape:
+def shape_of(config: VmConfig, ports: Sequence[Port] = ()) -> launch.VmShape:
     vhost_user = tuple(
         launch.VhostUserDevice(device.type, device.socket, tuple(device.options.items()))
         for device in config.vhost_user
@@ -35,6 +39,7 @@ def shape_of(config: VmConfig) -> launch.VmShape:
         needs_pci=config.memory_max is not None or bool(vhost_user) or bool(config.pci_devices),
         pci=tuple(launch.PciFunction(device.path, device.iommu) for device in config.pci_devices),
         usb=config.wants_usb,
+        ifnames=plan_ifnames(ports),
         memory_max_mib=config.memory_max,
         vhost_user=vhost_user,
         crosvm=launch.CrosvmShape(

@@ -125,6 +125,7 @@ _TABLE: dict[tuple[str, str], Callable[[Message], Need]] = {
     (MANAGER_INTERFACE, "Run"): _of_run,
     (MANAGER_INTERFACE, "GetMemory"): _of_named(VIEW),
     (MANAGER_INTERFACE, "SetMemory"): _of_named(START),
+    (MANAGER_INTERFACE, "GetNetwork"): _of_named(VIEW),
     (MANAGER_INTERFACE, "OpenSsh"): _of_ssh,
     (MANAGER_INTERFACE, "StartDebug"): _of_named(DEBUG),
     (MANAGER_INTERFACE, "ListPci"): _of_all(VIEW),
@@ -141,5 +142,6 @@ _TABLE: dict[tuple[str, str], Callable[[Message], Need]] = {
     (VM_INTERFACE, "Run"): _of_run,
     (VM_INTERFACE, "GetMemory"): _of_all(VIEW),
     (VM_INTERFACE, "SetMemory"): _of_all(START),
+    (VM_INTERFACE, "GetNetwork"): _of_all(VIEW),
     (VM_INTERFACE, "OpenSsh"): _of_ssh,
 }

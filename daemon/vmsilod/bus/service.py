@@ -28,6 +28,7 @@ from vmsilod.bus.views import (
     VmRemoved,
     VmView,
     find_changes,
+    pack_network,
     pack_pci,
     pack_properties,
     pack_usb,
@@ -91,6 +92,9 @@ class VmObject:
     async def GetMemory(self, _call: Call) -> dict[str, int]:
         return dict(await self._domain.read_memory(self._name))
 
+    async def GetNetwork(self, _call: Call) -> list[dict[str, GLib.Variant]]:
+        return [pack_network(view) for view in await self._domain.read_network(self._name)]
+
     async def SetMemory(self, _call: Call, size: int) -> dict[str, int]:
         return dict(await self._domain.resize_memory(self._name, size))
 
@@ -141,6 +145,9 @@ class RootObject:
 
     async def GetMemory(self, _call: Call, name: str) -> dict[str, int]:
         return dict(await self._domain.read_memory(name))
+
+    async def GetNetwork(self, _call: Call, name: str) -> list[dict[str, GLib.Variant]]:
+        return [pack_network(view) for view in await self._domain.read_network(name)]
 
     async def SetMemory(self, _call: Call, name: str, size: int) -> dict[str, int]:
         return dict(await self._domain.resize_memory(name, size))

@@ -65,6 +65,23 @@ class UsbView:
 
 
 @dataclass(frozen=True)
+class NetworkView:
+    """A VM's interface and its TAP on the host. `received` and `sent` are bytes as the VM sees them; `state`
+    is up (the VM has it open), idle (nobody has) or broken, with `problem` for people. `denied` counts
+    packets of the VM that the rules refused.
+    """
+
+    interface: str
+    tap: str
+    mac: str
+    state: str
+    problem: str = ""
+    received: int = 0
+    sent: int = 0
+    denied: int = 0
+
+
+@dataclass(frozen=True)
 class VmRemoved:
     name: str
 
@@ -115,6 +132,9 @@ class Domain(Protocol):
 
     async def resize_memory(self, name: str, size: int) -> Mapping[str, int]:
         """As read_memory; the guest has been asked to have `size` MiB."""
+
+    async def read_network(self, name: str) -> Sequence[NetworkView]:
+        """In the order of the VM's configuration; nothing for an offline VM."""
 
     async def open_ssh(self, request: SshRequest) -> tuple[int, int, str, str]:
         """A descriptor connected to the guest's sshd and one of the login's private key, both the caller's
@@ -180,6 +200,22 @@ _PCI_ENTRIES: dict[str, tuple[str, str]] = {
 
 def pack_pci(view: PciView) -> dict[str, GLib.Variant]:
     return {name: _pack(kind, getattr(view, field)) for name, (kind, field) in _PCI_ENTRIES.items()}
+
+
+_NETWORK_ENTRIES: dict[str, tuple[str, str]] = {
+    "Interface": ("s", "interface"),
+    "Tap": ("s", "tap"),
+    "Mac": ("s", "mac"),
+    "State": ("s", "state"),
+    "Problem": ("s", "problem"),
+    "Received": ("t", "received"),
+    "Sent": ("t", "sent"),
+    "Denied": ("t", "denied"),
+}
+
+
+def pack_network(view: NetworkView) -> dict[str, GLib.Variant]:
+    return {name: _pack(kind, getattr(view, field)) for name, (kind, field) in _NETWORK_ENTRIES.items()}
 
 
 _USB_PROPERTIES: dict[str, tuple[str, str]] = {

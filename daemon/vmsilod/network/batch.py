@@ -11,13 +11,14 @@ import logging
 import os
 import socket
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from vmsilod.errors import Failed, VmsiloError
 from vmsilod.network import forwarding, installed, taps
-from vmsilod.network.links import open_links
+from vmsilod.network.links import has_devices, open_links
+from vmsilod.network.plan import NetworkPlan
 from vmsilod.network.sight import (
     alias_of,
     fits,
@@ -32,9 +33,10 @@ from vmsilod.network.sight import (
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from vmsilod.network.links import Link, Links
-    from vmsilod.network.plan import NetworkPlan, Port
+    from vmsilod.network.plan import Port
 
 log = logging.getLogger(__name__)
 
@@ -44,35 +46,60 @@ CHUNK = 128
 
 @dataclass(frozen=True)
 class Settled:
-    """How it is now: `faults` says per TAP why its VM cannot use it, `rules_fault` why none can."""
+    """How it is now: `faults` says per TAP why its VM cannot use it, `rules_fault` why none can; `ruled` is
+    what the rules are made of: nothing of devices that are not there or not ours.
+    """
 
+    ruled: NetworkPlan = field(default_factory=NetworkPlan)
     faults: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     rules_fault: str = ""
+    judged: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """What could be read back at the end: when that changes, it is worth trying again."""
 
 
-def settle(plan: NetworkPlan, running: frozenset[str]) -> Settled:
+def settle(plan: NetworkPlan, running: frozenset[str], lent_file: Path = forwarding.LENT_FILE) -> Settled:
     """The TAPs of `running` VMs are open. Never raises a VmsiloError."""
     ports = host_ports(plan)
     faults: dict[str, str] = {}
+    judged: dict[str, str] = {}
+    ruled = NetworkPlan()
+    if not ports and not has_devices():
+        return _clear(lent_file)
     try:
         with open_links() as links:
             batch = _Batch(links, ports, running, faults)
             made = batch.make_taps()
-            if ports and (fault := installed.ensure_rules(plan, anew=made)):
-                batch.shut(plan)
-                return Settled(MappingProxyType(faults), fault)
-            batch.configure()
-            forwarding.lend_forwarding(
-                plan.nat_interface if any(port.host_addresses for port in ports) else ""
-            )
-            batch.judge()
-            if not ports:
+            ruled = batch.reduce(plan)
+            if not ruled.ports:
                 installed.remove_rules()
-        return Settled(MappingProxyType(faults))
+            elif fault := installed.ensure_rules(ruled, anew=made):
+                batch.shut()
+                return Settled(ruled, MappingProxyType(faults), fault)
+            batch.configure()
+            forwarding.lend_forwarding(_nat_interface(ruled), lent_file)
+            judged = batch.judge()
     except VmsiloError as error:
         for port in ports:
             faults.setdefault(port.tap, error.message)
-        return Settled(MappingProxyType(faults))
+    return Settled(ruled, MappingProxyType(faults), judged=MappingProxyType(judged))
+
+
+def _clear(lent_file: Path) -> Settled:
+    try:
+        installed.remove_rules()
+        forwarding.lend_forwarding("", lent_file)
+    except VmsiloError as error:
+        log.error("%s", error)
+    return Settled()
+
+
+def lends(plan: NetworkPlan) -> bool:
+    """Whether the NAT interface forwards, if it is there."""
+    return forwarding.forwards(_nat_interface(plan))
+
+
+def _nat_interface(plan: NetworkPlan) -> str:
+    return plan.nat_interface if any(port.host_addresses for port in host_ports(plan)) else ""
 
 
 def stop_forwarding(plan: NetworkPlan) -> None:
@@ -109,11 +136,17 @@ class _Batch:
                 forwarding.restrain_tap(port.tap, ipv6=any(a.version == 6 for a in port.host_addresses))
             except Failed as error:
                 self._faults[port.tap] = error.message
+        if missing:
+            self._sight = look(self._links)
         return bool(missing)
+
+    def reduce(self, plan: NetworkPlan) -> NetworkPlan:
+        """Without the ports that have no TAP of ours."""
+        ours = self._sight.ours()
+        return replace(plan, ports=tuple(port for port in plan.ports if port.network or port.tap in ours))
 
     def configure(self) -> None:
         """Addresses, bridges, up, forwarding: the rules are there."""
-        self._sight = look(self._links)
         for port in self._ports:
             if port.tap in self._faults:
                 continue
@@ -124,19 +157,21 @@ class _Batch:
             except Failed as error:
                 self._faults[port.tap] = error.message
 
-    def judge(self) -> None:
-        """Read back what has become of it."""
+    def judge(self) -> dict[str, str]:
+        """Read back what has become of it; what is not as it should be is closed."""
         self._sight = look(self._links)
+        found = {port.tap: fault for port in self._ports if (fault := judge(self._sight, port))}
         for port in self._ports:
-            if fault := judge(self._sight, port):
-                self._faults.setdefault(port.tap, fault)
+            if port.tap in found:
+                self._faults.setdefault(port.tap, found[port.tap])
+            if port.tap in self._faults:
                 self._shut(port)
+        return found
 
-    def shut(self, plan: NetworkPlan) -> None:
-        """The rules cannot be installed. Older ones of ours hold for what is up; without any nothing may be."""
+    def shut(self) -> None:
+        """The rules cannot be installed. Older ones of ours hold for what is up; without, nothing may be."""
         if installed.has_rules():
             return
-        stop_forwarding(plan)
         for port in self._ports:
             self._shut(port)
 

@@ -20,7 +20,7 @@ SYSCTLS = Path("/proc/sys/net")
 # Not *.json: those of that directory are VMs' lease records.
 LENT_FILE = Path("/run/vmsilo/state/network-forwarding")
 
-# What every TAP gets, before it is up. ARP is answered for the TAP's own addresses alone: the host has others.
+# What every TAP gets, before it is up. ARP is answered for its own addresses, not for the host's others.
 _TAP_IPV4 = {
     "rp_filter": "1",
     "accept_redirects": "0",
@@ -47,9 +47,8 @@ _TAP_IPV6 = {
 }
 
 FORWARDING = {"ipv4": "forwarding", "ipv6": "force_forwarding"}
-"""By family: IPv6's `forwarding` of a device says what it is, not what happens; kernels before 6.17 know only
-one switch for all devices, which is not ours to turn.
-"""
+"""By family: IPv6's `forwarding` of a device says what it is, not what happens; kernels before 6.17 have one
+switch for all devices only, which is not ours to turn."""
 
 
 def restrain_tap(name: str, *, ipv6: bool) -> None:
@@ -68,6 +67,11 @@ def forward(name: str, *, on: bool) -> None:
     for family, key in FORWARDING.items():
         if _path(family, name, key).exists():
             _write(family, name, key, "1" if on else "0")
+
+
+def forwards(interface: str) -> bool:
+    """True also for one that is not there."""
+    return all(_read(family, interface, key) in (None, "1") for family, key in FORWARDING.items())
 
 
 def has_ipv6_forwarding() -> bool:

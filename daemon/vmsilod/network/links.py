@@ -10,6 +10,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from ipaddress import ip_interface
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vmsilod.errors import Failed
@@ -146,6 +147,17 @@ class Links:
         for link in links:
             with _translated(f"remove '{link.name}'"):
                 self._socket.link("del", index=link.index)
+
+
+def has_devices(root: Path = Path("/sys/class/net")) -> bool:
+    """Whether there is any of vmsilo's. Cheap: this host may have no VM with a network at all."""
+    for path in root.glob("*/netdev_group"):
+        try:
+            if int(path.read_text(), 0) in (OURS, DOOMED):
+                return True
+        except (OSError, ValueError):
+            continue  # it went just now
+    return False
 
 
 @contextmanager

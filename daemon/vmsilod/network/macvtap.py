@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 ALIAS = "vmsilo-macvtap:"
 GROUP = 0x766F
 """The link group of the macvtaps of vmsilo: a device has it from its first moment, an alias only later."""
+CHAIN = "from-vm"
 _DEVICES = Path("/dev")
 _CLASS = Path("/sys/class/net")
 
@@ -60,6 +61,20 @@ def release(vm: str) -> None:
             netlink.link("del", index=index)
 
 
+def release_others(running: frozenset[str]) -> None:
+    """Those that a daemon left that was killed, of VMs that do not run."""
+    if any(_in_group(path) for path in _CLASS.glob("*/netdev_group")):
+        for vm in find_owners() - running:
+            release(vm)
+
+
+def _in_group(path: Path) -> bool:
+    try:
+        return int(path.read_text(), 0) == GROUP
+    except (OSError, ValueError):
+        return False
+
+
 def find_owners() -> set[str]:
     """The VMs that have macvtaps on this host."""
     with _open_netlink() as netlink:
@@ -76,7 +91,7 @@ def render_filter(port: Port) -> str:
     arp = "" if free else f" arp saddr ip {{ {', '.join(['0.0.0.0', *v4])} }}"
     from_v4 = "" if free else f" ip saddr {{ {', '.join(v4)} }}"
     from_v6 = "" if free else f" ip6 saddr {{ {', '.join(['::', _derive_link_local(port.mac), *v6])} }}"
-    table = f"netdev vmsilo-macvtap-{port.tap}"
+    table = f"netdev {table_of(port)}"
     rules = [
         f"type filter hook egress device {port.tap} priority filter; policy drop;",
         f"ether saddr != {port.mac} counter drop",
@@ -90,8 +105,17 @@ def render_filter(port: Port) -> str:
     body = "\n".join(f"        {rule}" for rule in rules)
     return (
         f"add table {table}\ndelete table {table}\n"
-        f"table {table} {{\n    chain from-vm {{\n{body}\n    }}\n}}\n"
+        f"table {table} {{\n    chain {CHAIN} {{\n{body}\n    }}\n}}\n"
     )
+
+
+def render_removal(port: Port) -> str:
+    """Of the filter: its table stays when its device has ended."""
+    return f"add table netdev {table_of(port)}\ndelete table netdev {table_of(port)}\n"
+
+
+def table_of(port: Port) -> str:
+    return f"vmsilo-macvtap-{port.tap}"
 
 
 def _derive_link_local(mac: str) -> str:

@@ -73,6 +73,16 @@ def apply(text: str) -> None:
     _run(["-f", "-"], text + _render_kept(taps_in(text)))
 
 
+def load(text: str) -> None:
+    """A text as it is, in one transaction. Raises Failed."""
+    _run(["-f", "-"], text)
+
+
+def has_chain(family: str, table: str, name: str) -> bool:
+    """Raises Failed."""
+    return (family, table, name) in _find_chains()
+
+
 def check(text: str) -> None:
     """Whether nft and this kernel would take it. Raises Failed."""
     _run(["-c", "-f", "-"], text)

@@ -2,9 +2,9 @@
 configuration; and the rules around them, which nobody can take away for long.
 
 Built by main. Called by the publication (apply), by runs (open, close, repair) and by the lifecycle for the
-bus; the watch tells it of changes that others make. It runs on the GLib loop, one thing at a time; the work is
-the batch's, in the worker. What it has is also in the kernel and in the VMs' records: it may be killed at any
-moment. A VM whose TAPs or rules are not in place does not start.
+bus; the watch tells it of changes that others make. It runs on the GLib loop, one thing at a time; the work
+is the batch's, in the worker. What it has is also in the kernel and in the VMs' records: it may be killed at
+any moment. A VM whose TAPs or rules are not in place does not start.
 """
 
 from __future__ import annotations
@@ -16,24 +16,29 @@ from typing import TYPE_CHECKING
 
 from vmsilod import loop
 from vmsilod.errors import StartFailed, VmsiloError
-from vmsilod.network import batch, installed, traffic
+from vmsilod.network import batch, installed, macvtap, nft, traffic
 from vmsilod.network.batch import Settled
-from vmsilod.network.effective import Effective, merge
+from vmsilod.network.forwarding import LENT_FILE
 from vmsilod.network.links import open_links
 from vmsilod.network.plan import NetworkPlan
+from vmsilod.network.planning import plan_network
 from vmsilod.network.sight import host_ports, judge, look
 from vmsilod.network.taps import open_queues
 from vmsilod.waiting import Lock
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
+    from vmsilod.bus.views import NetworkView
+    from vmsilod.config.model import VmConfig
+    from vmsilod.config.schema import GlobalConfig
     from vmsilod.network.plan import Port
-    from vmsilod.network.traffic import PortView
+    from vmsilod.network.switch import Switches
 
 log = logging.getLogger(__name__)
 
-RULES_HINT = "journalctl -u vmsilod; a VM with a network does not start without its rules"
+HINT = "journalctl -u vmsilod"
 
 
 @dataclass(frozen=True)
@@ -45,61 +50,75 @@ class OpenPort:
 
 
 class NetworkPool:
-    """`held` has the ports of the VMs that run, as they were started."""
+    """`_running` has what each running VM was started with, None where that cannot be told."""
 
-    def __init__(self) -> None:
-        self._configured = NetworkPlan()
-        self._held: dict[str, tuple[Port, ...]] = {}
-        self._now = Effective()
+    def __init__(self, switches: Switches, lent_file: Path = LENT_FILE) -> None:
+        self._switches = switches
+        self._lent_file = lent_file
+        self._settings: GlobalConfig | None = None
+        self._configured: dict[str, VmConfig] = {}
+        self._running: dict[str, VmConfig | None] = {}
+        self._plan = NetworkPlan()
         self._settled: Settled | None = None  # before the first apply
         self._lock = Lock()
         self._checking = False
 
-    async def apply(self, plan: NetworkPlan) -> None:
-        """Take over the configuration's plan. Never fails: what is wrong is told, and to whoever starts."""
+    async def apply(self, settings: GlobalConfig | None, vms: Mapping[str, VmConfig]) -> None:
+        """Take over a configuration; each VM's `vmm` is the one that it will have. With a broken global file
+        the last settings stay. Never fails: what is wrong is told, and to whoever starts.
+        """
         async with self._lock:
-            self._configured = plan
+            self._settings = settings or self._settings
+            self._configured = dict(vms)
             await self._settle()
 
     async def open(self, vm: str) -> list[OpenPort]:
         """In the order of the VM's configuration; [] for an offline VM. Raises StartFailed."""
         async with self._lock:
-            ports = self.ports_of(vm)
-            if not ports and vm not in self._now.refused:
+            withheld = dict(self._plan.withheld)
+            if not self.ports_of(vm) and vm not in withheld:
                 return []
-            if fault := await self._find_fault(vm):
+            if fault := withheld.get(vm, "") or await self._find_fault(vm):
                 # Once more, from the ground: what was in the way may be gone.
                 await self._settle()
-                fault = await self._find_fault(vm)
+                fault = dict(self._plan.withheld).get(vm, "") or await self._find_fault(vm)
             if fault:
-                raise StartFailed(f"the network of VM '{vm}' is not in place: {fault}", RULES_HINT)
-            opened = await loop.in_worker(_open_all, self.ports_of(vm))
-            self._held[vm] = self.ports_of(vm)
+                raise StartFailed(f"the network of VM '{vm}' is not in place: {fault}", HINT)
+            opened = await self._open_all(self.ports_of(vm))
+            self._running[vm] = self._configured[vm]
             return opened
 
     async def close(self, vm: str) -> None:
         """The VM has ended. Never fails. What its VMM may have changed of a TAP ends with that TAP."""
-        if vm not in self._held:
+        if vm not in self._running:
             return
         async with self._lock:
-            ports = self._held.pop(vm, ())
-            if merge(self._configured, self._held) != self._now or await loop.in_worker(
-                _find_changed, ports
+            ports = self._host_ports_of(vm)
+            started = self._running.pop(vm, None)
+            await self._release_macvtaps(self.ports_of(vm))
+            if (
+                started is None
+                or self._make_plan() != self._plan
+                or await loop.in_worker(_are_changed, ports)
             ):
                 await self._settle()
 
-    async def repair(self, running: NetworkPlan) -> None:
-        """At start: the ports of VMs that run, made of what they were started with."""
+    async def repair(self, running: Mapping[str, VmConfig | None]) -> None:
+        """At start: the VMs that run, with what they were started with, as far as it is known."""
         async with self._lock:
-            self._held = {port.vm: running.ports_of(port.vm) for port in running.ports}
+            self._running = dict(running)
+            try:
+                await loop.in_worker(macvtap.release_others, frozenset(running))
+            except VmsiloError as error:
+                log.error("%s", error)
 
     def ports_of(self, vm: str) -> tuple[Port, ...]:
-        """Those in the host's own network that a start would get now, or that the running VM has."""
-        return tuple(port for port in host_ports(self._now.plan) if port.vm == vm)
+        """Those that a start would get now, or that the running VM has."""
+        return self._plan.ports_of(vm)
 
-    async def find_views(self, vm: str) -> list[PortView]:
+    async def find_views(self, vm: str) -> list[NetworkView]:
         """Raises Failed."""
-        ports = self.ports_of(vm)
+        ports = self._host_ports_of(vm)
         faults = self._settled.faults if self._settled is not None else {}
         return await loop.in_worker(traffic.find_views, ports, faults) if ports else []
 
@@ -117,59 +136,99 @@ class NetworkPool:
     async def _guard_rules(self) -> None:
         async with self._lock:
             self._checking = False
-            ports = host_ports(self._now.plan)
-            if not ports or not await loop.in_worker(installed.find_fault, self._now.plan):
+            assert self._settled is not None
+            open_macvtaps = [port for port in self._plan.ports if port.link and port.vm in self._running]
+            try:
+                await loop.in_worker(installed.ensure_filters, open_macvtaps)
+            except VmsiloError as error:
+                log.error("%s", error)
+            ruled = self._settled.ruled
+            if not ruled.ports or not await loop.in_worker(installed.find_fault, ruled):
                 return
             log.error("somebody removed or changed vmsilo's network rules; installing them again")
-            await loop.in_worker(batch.stop_forwarding, self._now.plan)
+            await loop.in_worker(batch.stop_forwarding, self._plan)
             await self._settle()
 
     async def _guard_links(self) -> None:
         async with self._lock:
             assert self._settled is not None
-            found = await loop.in_worker(_find_faults, host_ports(self._now.plan))
-            if found != dict(self._settled.faults):
+            ports = host_ports(self._plan)
+            if ports and not await loop.in_worker(_is_as_settled, ports, self._settled):
                 await self._settle()
 
     async def _find_fault(self, vm: str) -> str:
-        if vm in self._now.refused:
-            return self._now.refused[vm]
         if self._settled is None:
             return "it has not been set up yet"
-        ports = self.ports_of(vm)
-        faults = await loop.in_worker(_find_faults, ports)
-        return next(iter(faults.values()), "") or await loop.in_worker(installed.find_fault, self._now.plan)
+        ports = self._host_ports_of(vm)
+        if not ports:
+            return ""
+        if self._settled.rules_fault:
+            return f"its rules cannot be installed: {self._settled.rules_fault}"
+        known = [self._settled.faults[port.tap] for port in ports if port.tap in self._settled.faults]
+        found = [*known, *(await loop.in_worker(_find_faults, ports)).values()]
+        return found[0] if found else await loop.in_worker(installed.find_fault, self._settled.ruled)
+
+    def _host_ports_of(self, vm: str) -> tuple[Port, ...]:
+        return tuple(port for port in host_ports(self._plan) if port.vm == vm)
+
+    async def _open_all(self, ports: Sequence[Port]) -> list[OpenPort]:
+        opened: list[OpenPort] = []
+        try:
+            for port in ports:
+                if port.link:
+                    fds = await loop.in_worker(macvtap.acquire, port, nft.load)
+                elif port.network:
+                    fds = await self._switches.open(port)
+                else:
+                    fds = await loop.in_worker(_open_port, port)
+                opened.append(OpenPort(port, fds))
+        except BaseException:
+            for fd in (fd for each in opened for fd in each.tap_fds):
+                os.close(fd)
+            await self._release_macvtaps([each.port for each in opened])
+            raise
+        return opened
+
+    async def _release_macvtaps(self, ports: Sequence[Port]) -> None:
+        try:
+            await loop.in_worker(_release_macvtaps, [port for port in ports if port.link])
+        except VmsiloError as error:
+            log.error("%s", error)
+
+    def _make_plan(self) -> NetworkPlan:
+        running = {name: config for name, config in self._running.items() if config is not None}
+        return plan_network(self._settings, self._configured, running)
 
     async def _settle(self) -> None:
-        self._now = merge(self._configured, self._held)
-        for vm, fact in self._now.refused.items():
-            log.warning("VM %s: its network waits: %s", vm, fact)
+        self._plan = self._make_plan()
+        for vm, fact in self._plan.withheld:
+            log.warning("VM %s cannot be started for now: %s", vm, fact)
         before = self._settled or Settled()
-        settled = await loop.in_worker(batch.settle, self._now.plan, frozenset(self._held))
+        settled = await loop.in_worker(batch.settle, self._plan, frozenset(self._running), self._lent_file)
         for tap, fault in settled.faults.items():
             if before.faults.get(tap) != fault:
                 log.error("%s", fault)
         if settled.rules_fault and settled.rules_fault != before.rules_fault:
             log.error("the network rules cannot be installed: %s", settled.rules_fault)
         self._settled = settled
+        await self._switches.apply(self._plan)
 
 
-def _open_all(ports: Sequence[Port]) -> list[OpenPort]:
+def _release_macvtaps(ports: Sequence[Port]) -> None:
     """Blocks."""
-    opened: list[OpenPort] = []
-    try:
-        with open_links() as links:
-            seen = links.find_all()
-        for port in ports:
-            link = seen.get(port.tap)
-            if link is None:
-                raise StartFailed(f"the TAP '{port.tap}' is gone")
-            opened.append(OpenPort(port, open_queues(port.tap, link.index, port.queues)))
-    except VmsiloError:
-        for fd in (fd for each in opened for fd in each.tap_fds):
-            os.close(fd)
-        raise
-    return opened
+    for vm in {port.vm for port in ports}:
+        macvtap.release(vm)
+    installed.remove_filters(ports)
+
+
+def _open_port(port: Port) -> list[int]:
+    """Blocks."""
+    with open_links() as links:
+        link = links.find_all().get(port.tap)
+    if link is None or link.tap is None or link.tap.queues:
+        # Of one with a single queue the kernel says so itself.
+        raise StartFailed(f"cannot open the TAP '{port.tap}': another process has it open")
+    return open_queues(port.tap, link.index, port.queues)
 
 
 def _find_faults(ports: Sequence[Port]) -> dict[str, str]:
@@ -181,7 +240,22 @@ def _find_faults(ports: Sequence[Port]) -> dict[str, str]:
     return {port.tap: fault for port in ports if (fault := judge(sight, port))}
 
 
-def _find_changed(ports: Sequence[Port]) -> bool:
+def _is_as_settled(ports: Sequence[Port], settled: Settled) -> bool:
+    """Blocks. False also where trying again may help."""
+    try:
+        faults = _find_faults(ports)
+    except VmsiloError as error:
+        log.error("%s", error)
+        return True
+    ruled = settled.ruled
+    return (
+        faults == dict(settled.judged)
+        and batch.lends(ruled)
+        and not (ruled.ports and installed.find_fault(ruled))
+    )
+
+
+def _are_changed(ports: Sequence[Port]) -> bool:
     """Blocks."""
     try:
         return bool(_find_faults(ports))

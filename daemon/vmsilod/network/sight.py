@@ -36,8 +36,8 @@ def look(links: Links) -> Sight:
 
 
 def host_ports(plan: NetworkPlan) -> tuple[Port, ...]:
-    """Those in the host's own network; the others are the switch's."""
-    return tuple(port for port in plan.ports if not port.network)
+    """The TAPs of the host's own network; those of VM-to-VM networks are the switch's."""
+    return tuple(port for port in plan.ports if not port.network and not port.link)
 
 
 def is_ours(link: Link) -> bool:
@@ -84,13 +84,17 @@ def judge(sight: Sight, port: Port) -> str:
         return f"there is already a network device '{port.tap}', and it is not vmsilo's"
     if not fits(link, port):
         return f"the TAP '{port.tap}' is not as vmsilo made it"
+    if port.bridge and (fault := judge_bridge(sight, port)):
+        return fault
     if not link.up:
         return f"the TAP '{port.tap}' is down"
     if sight.addresses.get(link.index, frozenset()) != frozenset(port.host_addresses):
         return f"the TAP '{port.tap}' has not the addresses of its configuration"
     if not port.bridge:
         return "" if link.master == 0 else f"the TAP '{port.tap}' was put into a bridge"
-    return _judge_bridge(sight, link, port)
+    if link.master != sight.links[port.bridge].index:
+        return f"the TAP '{port.tap}' is not in the bridge '{port.bridge}'"
+    return "" if link.isolated else f"the TAP '{port.tap}' is not isolated in its bridge"
 
 
 def judge_bridge(sight: Sight, port: Port) -> str:
@@ -98,12 +102,3 @@ def judge_bridge(sight: Sight, port: Port) -> str:
     if bridge is None:
         return f"there is no bridge '{port.bridge}'"
     return "" if bridge.kind == "bridge" else f"'{port.bridge}' is not a bridge of the kernel"
-
-
-def _judge_bridge(sight: Sight, link: Link, port: Port) -> str:
-    fault = judge_bridge(sight, port)
-    if fault:
-        return fault
-    if link.master != sight.links[port.bridge].index:
-        return f"the TAP '{port.tap}' is not in the bridge '{port.bridge}'"
-    return "" if link.isolated else f"the TAP '{port.tap}' is not isolated in its bridge"

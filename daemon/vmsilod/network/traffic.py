@@ -6,60 +6,39 @@ rules whenever they are installed anew.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vmsilod.bus.views import NetworkView
 from vmsilod.errors import VmsiloError
 from vmsilod.network import installed
 from vmsilod.network.links import open_links
-from vmsilod.network.sight import judge, look
+from vmsilod.network.sight import is_ours, judge, look
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from vmsilod.network.plan import Port
+    from vmsilod.network.sight import Sight
 
 
-@dataclass(frozen=True)
-class PortView:
-    """`received` and `sent` are bytes as the VM sees them; `state` is up (the VM has it open), idle (nobody
-    has), down or broken, with `problem` for people. `denied` counts packets of the VM that the rules refused.
-    """
-
-    interface: str
-    tap: str
-    mac: str
-    state: str
-    problem: str = ""
-    received: int = 0
-    sent: int = 0
-    denied: int = 0
-
-
-def find_views(ports: Sequence[Port], faults: Mapping[str, str]) -> list[PortView]:
+def find_views(ports: Sequence[Port], faults: Mapping[str, str]) -> list[NetworkView]:
     with open_links() as links:
         sight = look(links)
     try:
         denied = installed.find_denials()
     except VmsiloError:
         denied = {}
-    views = []
-    for port in ports:
-        problem = faults.get(port.tap, "") or judge(sight, port)
-        link = sight.links.get(port.tap)
-        base = PortView(
-            port.interface, port.tap, port.mac, "broken", problem, denied=denied.get(port.tap, 0)
-        )
-        if link is None:
-            views.append(base)
-            continue
+    return [_view_of(port, sight, faults.get(port.tap, ""), denied.get(port.tap, 0)) for port in ports]
+
+
+def _view_of(port: Port, sight: Sight, fault: str, denied: int) -> NetworkView:
+    problem = fault or judge(sight, port)
+    link = sight.links.get(port.tap)
+    received = sent = 0
+    state = "broken"
+    if link is not None and is_ours(link):
+        received, sent = link.traffic.tx_bytes, link.traffic.rx_bytes
         state = "broken" if problem else ("up" if link.carrier else "idle")
-        views.append(
-            PortView(
-                *(port.interface, port.tap, port.mac, state, problem),
-                received=link.traffic.tx_bytes,
-                sent=link.traffic.rx_bytes,
-                denied=base.denied,
-            )
-        )
-    return views
+    return NetworkView(
+        *(port.interface, port.tap, port.mac, state, problem), received=received, sent=sent, denied=denied
+    )

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
-RTMGRP_LINK = 1 << 0
+# A network that the host is in counts for the rules, so its addresses are watched too.
+RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR = 1 << 0, 1 << 4, 1 << 8
 NFNLGRP_NFTABLES = 7
-OUR_TABLES = b"vmsilo\0"
+OUR_TABLES = b"vmsilo"
 EVENT_MAX = 65536
 READS_PER_TURN = 256
 SETTLE_SECONDS = 0.3
@@ -41,7 +42,7 @@ class NetworkWatch:
         self._sources: list[int] = []
         try:
             rules = self._open(NETLINK_NETFILTER, 1 << (NFNLGRP_NFTABLES - 1))
-            links = self._open(NETLINK_ROUTE, RTMGRP_LINK)
+            links = self._open(NETLINK_ROUTE, RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR)
         except OSError as error:
             log.error("changes of the network by others are not seen: %s", error.strerror)
             self.close()

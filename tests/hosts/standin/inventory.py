@@ -1,4 +1,5 @@
-"""Prints as JSON what vmsilo holds in the test host now: units, processes, files, descriptors, mounts.
+"""Prints as JSON what vmsilo holds in the test host now: units, processes, files, descriptors, network
+devices, mounts.
 
 Run inside of the host before and after each test; the two have to be equal.
 """
@@ -65,6 +66,12 @@ def find_files() -> list[str]:
     return sorted(path for path in found if not path.endswith("vmsilo-vms.target.wants"))
 
 
+def find_network() -> list[str]:
+    """Network devices but the loopback, and tables of nftables."""
+    links = [line.split(": ")[1].split("@")[0] for line in read(["ip", "-o", "link"]).splitlines()]
+    return sorted({*links} - {"lo"}) + sorted(read(["/usr/sbin/nft", "list", "tables"]).splitlines())
+
+
 def find_descriptors(unit: str) -> dict[str, Any]:
     pid = int(read(["systemctl", "show", "-P", "MainPID", unit]))
     kinds: dict[str, int] = {}
@@ -79,6 +86,7 @@ def find_descriptors(unit: str) -> dict[str, Any]:
 
 def main() -> None:
     left = {"units": find_units(), "processes": find_vm_processes(), "files": find_files()}
+    left["network"] = find_network()
     left["mounts"] = [line for line in Path("/proc/mounts").read_text().splitlines() if "vmsilo" in line]
     stores = ("vmsilo-relayd.service", "vmsilo-consoled.service")
     stored = sum(int(read(["systemctl", "show", "-P", "NFileDescriptorStore", unit])) for unit in stores)

@@ -1,0 +1,74 @@
+"""Whether the rules of a plan are installed, and their installation. All that the pool knows of nftables.
+
+Called by the batch and the pool, in a worker. The ruleset carries its own digest, so what is asked of the
+kernel is whether it has these very rules.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vmsilod.errors import VmsiloError
+from vmsilod.network import macvtap, nft, ruleset
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from vmsilod.network.plan import NetworkPlan, Port
+
+
+def ensure_rules(plan: NetworkPlan, *, anew: bool) -> str:
+    """The fault, "" for none. `anew`: also where they are there, since a hook ends with its device."""
+    try:
+        text = _render(plan)
+        if anew or not nft.is_installed(text):
+            nft.apply(text)
+            if not nft.is_installed(text):
+                return "the rules are not what was just installed"
+    except VmsiloError as error:
+        return error.message
+    return ""
+
+
+def find_fault(plan: NetworkPlan) -> str:
+    """Why the rules of this plan do not hold, "" if they do."""
+    try:
+        return "" if nft.is_installed(_render(plan)) else "its rules are not installed"
+    except VmsiloError as error:
+        return error.message
+
+
+def has_rules() -> bool:
+    """Whether any rules of ours are there; False where that cannot be found out."""
+    try:
+        return nft.has_rules()
+    except VmsiloError:
+        return False
+
+
+def remove_rules() -> None:
+    """Nothing of ours is left to rule. Raises Failed."""
+    if nft.has_rules():
+        nft.remove()
+
+
+def ensure_filters(ports: Iterable[Port]) -> None:
+    """What macvtaps that are open may send. Raises Failed."""
+    for port in ports:
+        if not nft.has_chain("netdev", macvtap.table_of(port), macvtap.CHAIN):
+            nft.load(macvtap.render_filter(port))
+
+
+def remove_filters(ports: Iterable[Port]) -> None:
+    """Raises Failed."""
+    for port in ports:
+        nft.load(macvtap.render_removal(port))
+
+
+def find_denials() -> dict[str, int]:
+    """Packets refused, by TAP. Raises Failed."""
+    return nft.read_denials()
+
+
+def _render(plan: NetworkPlan) -> str:
+    return ruleset.render_ruleset(plan, nft.look_around(plan))

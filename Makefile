@@ -20,6 +20,7 @@ TEST_PACKAGES := systemd-container openssh-client e2fsprogs util-linux iproute2 
 PYTHON_ROOTS := daemon client guest
 CLIENTS := vm-run vm-shell vm-start vm-stop vm-start-debug vmsilo
 STDLIB_PROGRAMS := vmsilo-relayd:vmsilo_relay.__main__ vmsilo-consoled:vmsilo_console.__main__ \
+	vmsilo-forward:vmsilo_forward.__main__ \
 	vmsilo-launch:vmsilo_launch.launch vmsilo-pci-claim:vmsilod.pci.early
 VENV_PROGRAMS := vmsilod:vmsilod.main vmsilo-check:vmsilod.config.check vmsilo-image:vmsilo_image.__main__
 

@@ -6,12 +6,14 @@ descriptors where argv says and executes the VMM, so the unit's main PID is the 
 opens nothing but that socket.
 """
 
+import fcntl
 import json
 import os
 import select
 import signal
 import socket
 import sys
+import termios
 from typing import Any
 
 CONTROL = "/run/vmsilo/control.sock"
@@ -57,6 +59,8 @@ def start(name: str) -> None:
     log.close()
     stdio = reply.get("stdio")
     place(fds, stdio)
+    if reply.get("own_terminal"):
+        take_terminal()
     argv, env = reply["argv"], reply["env"]
     notify("READY=1\nSTATUS=VMM started, guest boots")
     try:
@@ -142,6 +146,17 @@ def find_command_socket() -> list[int]:
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return []
     return list(range(3, 3 + int(os.environ.get("LISTEN_FDS", "0"))))
+
+
+def take_terminal() -> None:
+    """Standard input becomes the controlling terminal of this session, whose leader systemd made us. When
+    vmsilo-consoled hangs it up, the VMM goes on.
+    """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    except OSError as error:
+        raise LaunchError(f"the console cannot become the VMM's terminal: {error.strerror}") from error
 
 
 def place(fds: list[int], stdio: list[int] | None) -> None:

@@ -21,6 +21,7 @@ class Limits:
     publish_seconds = 0.1  # at most one status change per VM in this time
     settle_seconds = 0.02  # at most one change between ready and not ready per VM in this time
     pause_seconds = 0.2  # a listener rests when descriptors ran out
+    forward_pause_seconds = 0.02  # a forwarder's link rests this long after each portion of requests
     clients_per_vm = 512
     accepts_per_wakeup = 64
     messages_per_vm = 16

@@ -14,6 +14,7 @@ from collections import deque
 from vmsilo_wire import ROLES
 
 from vmsilo_relay.errand import POWEROFF_FRAME, Errand
+from vmsilo_relay.forwarder import ForwarderLink
 from vmsilo_relay.journal import ERROR, WARNING
 from vmsilo_relay.listener import Listener
 from vmsilo_relay.loop import READ, WRITE
@@ -164,6 +165,17 @@ class Controller:
         self._relay.remove(name, check_generation(take_str(request, "generation", 128)))
         return {}
 
+    def _forward(self, request: dict[str, object], fds: list[int]) -> dict[str, object]:
+        """The socket by which the VM's forwarder asks for connections; it replaces the one before."""
+        check_keys(request, ("id", "op", "name", "generation"))
+        vm = self._take_vm(request)
+        if vm.record.generation != check_generation(take_str(request, "generation", 128)):
+            raise Refusal("not-found", f"{vm.name} is of another generation")
+        if len(fds) != 1:
+            raise Refusal("bad-request", "one descriptor is needed")
+        ForwarderLink(self._context, vm, take_sockets(fds)[0]).start()
+        return {}
+
     def _list(self, request: dict[str, object], _fds: list[int]) -> dict[str, object]:
         check_keys(request, ("id", "op"))
         vms = [
@@ -291,6 +303,7 @@ ORDERS = {
     "add": Controller._add,
     "listen-vsock": Controller._listen_vsock,
     "remove": Controller._remove,
+    "forward": Controller._forward,
     "list": Controller._list,
     "subscribe": Controller._subscribe,
     "connect": Controller._connect,

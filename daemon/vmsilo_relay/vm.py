@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vmsilo_relay.command import CommandClient
     from vmsilo_relay.context import Context
     from vmsilo_relay.errand import Errand
+    from vmsilo_relay.forwarder import ForwarderLink
     from vmsilo_relay.hostport import Message
     from vmsilo_relay.listener import Listener
     from vmsilo_relay.loop import Timer
@@ -35,8 +36,10 @@ class Vm:
         self._context = context
         self._announce = announce
         self.record = record
-        self.clients: set[CommandClient | Errand] = set()
+        self.clients: set[CommandClient | Errand | ForwarderLink] = set()
         self.listeners: list[Listener] = []
+        self.forwarder: ForwarderLink | None = None
+        self._agent_began = False  # and the forwarder was not told yet
         self._publishing: Timer | None = None
         self._published = record.status
         self._settling: Timer | None = None
@@ -62,6 +65,7 @@ class Vm:
             record.status = message.status
         if message.agent is not None:
             record.agent = message.agent
+            self._agent_began = self._agent_began or message.agent
         if message.ready is not None:
             record.ready = message.ready
         if (record.agent, record.ready) != before:
@@ -75,9 +79,12 @@ class Vm:
     def _announce_changes(self) -> None:
         """At once, but not again within settle_seconds: a guest may change its mind without end."""
         self._settling = None
+        began, self._agent_began = self._agent_began, False
+        if began and self.forwarder is not None:
+            self.forwarder.tell_restart()
         agent, ready = self._announced
         self._announced = now = (self.record.agent, self.ready)
-        if now == (agent, ready):
+        if now == (agent, ready) and not began:
             return
         if self.record.agent and not agent:
             self._announce(self, "agent")
@@ -89,6 +96,8 @@ class Vm:
             # It shuts down or reboots: a connection to it would be lost, and can wedge a hybrid device.
             self._context.journal.log(INFO, self.name, "not ready any more")
             self._announce(self, "down")
+            if self.forwarder is not None:
+                self.forwarder.on_change()
         loop, limits = self._context.loop, self._context.limits
         self._settling = loop.after(limits.settle_seconds, self._announce_changes, self._fail)
 

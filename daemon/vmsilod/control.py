@@ -1,9 +1,9 @@
-"""The control socket: where launchers ask for what they execute, and a stopping unit for its guest's
-shutdown.
+"""The control socket: where launchers ask for what they execute, a stopping unit for its guest's shutdown,
+and a forwarder for its ports.
 
 Serves /run/vmsilo/control.sock (bound by systemd) on the GLib loop. Anybody may connect; a peer is served
 only when the kernel says that it is a process of a VM's own unit, and only for that VM. One request per
-connection. It knows nothing of VMs: it maps packets to the two calls of `Handler`.
+connection. It knows nothing of VMs: it maps packets to the calls of `Handler`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,14 @@ ACCEPTS_PER_TURN = 16  # anybody may connect: a flood gets its share of the loop
 PAUSE_SECONDS = 0.5
 REQUEST_SECONDS = 10.0
 UCRED = struct.Struct("3i")  # pid, uid, gid: unix(7) SO_PEERCRED
-UNIT_PATTERN = re.compile(r"vmsilo-([a-z][a-z0-9-]{0,30})-(vm|debug)\.service")
+UNIT_PATTERN = re.compile(r"vmsilo-([a-z][a-z0-9-]{0,30})-(vm|debug|forward|debugforward)\.service")
+# Nobody who only copies what strangers send may ask for a VM.
+OPERATIONS = {
+    "vm": ("prepare", "stop"),
+    "debug": ("prepare", "stop"),
+    "forward": ("forward",),
+    "debugforward": ("forward",),
+}
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,8 @@ class Handler(Protocol):
     async def prepare(self, peer: Peer, fds: list[int]) -> Prepared: ...
 
     async def shut_down(self, peer: Peer) -> dict[str, Any]: ...
+
+    async def forward(self, peer: Peer, *, listening: bool) -> tuple[dict[str, Any], list[int]]: ...
 
 
 def find_unit(pid: int, proc: Path = Path("/proc")) -> tuple[str, str] | None:
@@ -148,13 +157,22 @@ class ControlServer:
     async def _answer(self, sock: socket.socket, peer: Peer) -> None:
         data, fds, _, _ = socket.recv_fds(sock, MAX_REQUEST, MAX_REQUEST_FDS)
         prepared: Prepared | None = None
+        handed: list[int] = []
         try:
-            if parse_operation(data, peer) == "stop":
+            operation = parse_operation(data, peer)
+            if operation == "stop":
                 reply = await self._handler.shut_down(peer)
+            elif operation.startswith("forward"):
+                reply, handed = await self._handler.forward(peer, listening=operation == "forward again")
             else:
                 prepared = await self._handler.prepare(peer, fds)
                 launch = prepared.launch
-                reply = {"argv": launch.argv, "env": dict(launch.env), "stdio": prepared.stdio}
+                reply = {
+                    "argv": launch.argv,
+                    "env": dict(launch.env),
+                    "stdio": prepared.stdio,
+                    "own_terminal": launch.own_terminal and bool(prepared.stdio),
+                }
         except VmsiloError as error:
             log.warning("VM %s: %s", peer.name, error)
             reply = {"error": {"code": error.code, "message": str(error), "hint": error.hint}}
@@ -163,19 +181,22 @@ class ControlServer:
                 os.close(fd)
         try:
             # A packet this small to a fresh socket never blocks: the launcher sits in recvmsg.
-            socket.send_fds(sock, [json.dumps(reply).encode()], prepared.launch.fds if prepared else ())
+            passed = prepared.launch.fds if prepared else tuple(handed)
+            socket.send_fds(sock, [json.dumps(reply).encode()], passed)
         finally:
-            for fd in prepared.close if prepared else ():
+            for fd in prepared.close if prepared else handed:
                 os.close(fd)
 
 
 def parse_operation(untrusted_data: bytes, peer: Peer) -> str:
-    """ "prepare" or "stop", for the peer's own VM."""
+    """ "prepare", "stop" or "forward", "forward again" from one that listens; for the peer's own VM."""
     try:
         request = json.loads(untrusted_data)
         operation, name = request["op"], request["name"]
+        again = operation == "forward" and request["listening"]
     except (ValueError, KeyError, TypeError) as error:
         raise BadRequest("the launcher's request cannot be read") from error
-    if operation not in ("prepare", "stop") or name != peer.name:
+    match = UNIT_PATTERN.fullmatch(peer.unit)
+    if match is None or operation not in OPERATIONS[match[2]] or name != peer.name:
         raise BadRequest(f"unit {peer.unit} asked for something that is not its own")
-    return str(operation)
+    return "forward again" if again else str(operation)

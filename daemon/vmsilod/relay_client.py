@@ -54,6 +54,10 @@ class RelayClient:
         """A descriptor connected to a vsock port of the guest, nothing said yet; the caller owns it."""
         return take_one(await self._ask({"op": "dial", "name": name, "port": port}))
 
+    async def forward(self, name: str, generation: str, link: int) -> None:
+        """The relay's end of what the VM's forwarder asks it by; the descriptor stays the caller's."""
+        await self._order({"op": "forward", "name": name, "generation": generation}, [link])
+
     async def power_off(self, name: str) -> None:
         await self._order({"op": "poweroff", "name": name})
 

@@ -18,6 +18,7 @@ from vmsilod.bus.views import printable
 from vmsilod.consoles import console_of, split_passed
 from vmsilod.control import Peer, Prepared
 from vmsilod.errors import BadRequest, ConfigBroken, StartFailed, VmsiloError
+from vmsilod.forwards import Forwards
 from vmsilod.host import find_uid, probe_host
 from vmsilod.interfaces import open_interfaces
 from vmsilod.network.guest import plan_guest_files
@@ -62,6 +63,8 @@ class Runs:
         self._on_change = on_change
         self._relay: RelayClient | None = None
         self._vsock_listening = False
+        self._forwards = Forwards(registry, systemd, lambda: self.relay)
+        self.forward = self._forwards.answer
         self.debug_terminals: dict[str, list[int]] = {}
 
     def use_relay(self, relay: RelayClient) -> None:
@@ -167,6 +170,7 @@ class Runs:
             if not driver.builtin_vsock:
                 await self._connect_channel(vm, acquired, peer.unit)
             await self._register(vm, config, peer, acquired, listeners)
+            await self._forwards.open(vm, config)
             if choice.kind is VmmKind.CROSVM and not config.root_disk_readonly:
                 await loop.in_worker(refuse_foreign_format, acquired.root_fd)
             planned = driver.plan_launch(
@@ -293,6 +297,7 @@ class Runs:
 
     async def _release(self, vm: Vm, *, again: bool = False) -> None:
         record = vm.record
+        await self._forwards.close(vm)
         if record is not None and not again:
             await self._forget_in_relay(vm.name, record.invocation)
             await self._consoles.close(vm.name, record.invocation)

@@ -8,9 +8,11 @@ flushed, the peer is told with a shutdown and given some time to close first.  A
 
 import socket
 from collections.abc import Callable
-from typing import ParamSpec, Protocol
+from typing import ParamSpec
 
 from vmsilo_wire import (
+    ACCEPT,
+    CONNECT,
     CONSOLE_SIZE,
     DATA_MAX,
     HEADER_SIZE,
@@ -25,45 +27,27 @@ from vmsilo_wire import (
     encode_consumed,
     encode_frame,
     pack_header,
+    parse_port,
     parse_resize,
     parse_signal,
 )
 from vmsilo_wire.payload import Spawn, encode_error, encode_exit, encode_started, parse_hello, parse_spawn
 
 from vmsilo_agent.account import Account, find_account
-from vmsilo_agent.cgroup import CgroupTree
 from vmsilo_agent.console import answer_size
+from vmsilo_agent.host import Host, compare_digest
 from vmsilo_agent.intake import Intake
-from vmsilo_agent.loop import GONE, READ, WRITE, Loop, Timer, log
+from vmsilo_agent.loop import GONE, READ, WRITE, Timer, log
 from vmsilo_agent.process import Process, Watcher, start_process
 from vmsilo_agent.streams import Input, Output, Streams, open_null, open_pipes, open_terminal, resize
-
-try:  # `hmac` would bring OpenSSL into a process that stays
-    from _operator import _compare_digest as compare_digest
-except ImportError:  # private, so it may go
-    from hmac import compare_digest  # type: ignore[no-redef,assignment,unused-ignore] # the same function
 
 _P = ParamSpec("_P")
 
 HELLO_TIMEOUT = 10.0
 LINGER = 10.0  # seconds a peer has to close after it was told everything
 DRAIN_QUIET = 0.2  # seconds without output after which a pipe that a background process holds is given up
+_COMMAND_ROLES = ("user", "root")
 _OUT_MAX = 512 * 1024  # queued answers to a peer that does not read, beyond which it is not read either
-
-
-class Host(Protocol):
-    """What a connection needs to know of the agent."""
-
-    loop: Loop
-    secret: str
-    user: str
-    tree: CgroupTree | None
-    nofile: tuple[int, int]
-    console: str
-
-    def power_off(self) -> None: ...
-    def connection_authenticated(self, connection: "Connection") -> None: ...
-    def connection_closed(self, connection: "Connection") -> None: ...
 
 
 class Connection:
@@ -221,8 +205,10 @@ class Connection:
             self._spawn(parse_spawn(payload))
         elif self._state == "ready" and kind == POWEROFF:
             self._power_off()
-        elif self._state == "ready" and kind == CONSOLE_SIZE and self._role != "control":
+        elif self._state == "ready" and kind == CONSOLE_SIZE and self._role in _COMMAND_ROLES:
             self._send(answer_size(payload, self._host.console))
+        elif self._state == "ready" and kind in {CONNECT, ACCEPT} and self._role == "forward":
+            self._become_forward(kind, parse_port(payload))
         elif self._state == "running" and kind == RESIZE and self._pty is not None:
             resize(self._pty, *parse_resize(payload))
         elif self._state == "running" and kind == SIGNAL and self._process is not None:
@@ -242,16 +228,24 @@ class Connection:
         self._host.connection_authenticated(self)
 
     def _power_off(self) -> None:
-        if self._role == "user":
+        if self._role not in {"root", "control"}:
             self._fail("denied", "this role cannot power off")
             return
         self._host.power_off()
         self._finish()
 
+    def _become_forward(self, kind: int, port: int) -> None:
+        if not self._intake.between_frames or self._out:
+            raise ProtocolError("a forward begins with an answer of the agent")
+        self._state = "closed"  # as a connection of commands
+        self._loop.forget(self._sock.fileno())
+        self._host.connection_closed(self)
+        self._host.forward(kind, port, self._sock)
+
     # ---- the command
 
     def _spawn(self, spawn: Spawn) -> None:
-        if self._role == "control":
+        if self._role not in _COMMAND_ROLES:
             self._fail("denied", "this role cannot run commands")
             return
         name = "root" if self._role == "root" else self._host.user

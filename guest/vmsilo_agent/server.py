@@ -12,6 +12,7 @@ from vmsilo_wire.payload import encode_error
 
 from vmsilo_agent.cgroup import CgroupTree
 from vmsilo_agent.connection import Connection
+from vmsilo_agent.forward import Forwards
 from vmsilo_agent.loop import READ, Loop, log
 from vmsilo_agent.process import run_quietly
 
@@ -53,6 +54,7 @@ class Server:
         self.nofile = settings.nofile
         self.console = settings.console
         self.tree = tree
+        self.forward = Forwards(loop).take
         self._poweroff = settings.poweroff
         self._listener = listener
         self._connections: set[Connection] = set()

@@ -26,6 +26,9 @@ SIGNAL = 5
 POWEROFF = 6
 PING = 7
 CONSOLE_SIZE = 8
+CONNECT = 9
+ACCEPT = 10
+FORWARD_IN = 11
 STARTED = 16
 STDOUT = 17
 STDERR = 18
@@ -33,6 +36,9 @@ EXIT = 19
 ERROR = 20
 CONSUMED = 21
 PONG = 22
+CONNECTED = 23
+FORWARD_OUT = 24
+DONE = 25
 
 # type -> (least, most) payload bytes
 TO_AGENT = {
@@ -44,6 +50,8 @@ TO_AGENT = {
     POWEROFF: (0, 0),
     PING: (0, PING_MAX),
     CONSOLE_SIZE: (4, 4),
+    CONNECT: (2, 2),
+    ACCEPT: (2, 2),
 }
 TO_CLIENT = {
     STARTED: (2, JSON_MAX),
@@ -53,18 +61,23 @@ TO_CLIENT = {
     ERROR: (2, JSON_MAX),
     CONSUMED: (4, 4),
     PONG: (0, PING_MAX),
+    CONNECTED: (0, 0),
 }
+# What follows CONNECTED, and nothing else does.
+FORWARD_TO_AGENT = {FORWARD_IN: (0, DATA_MAX)}
+FORWARD_TO_CLIENT = {FORWARD_OUT: (0, DATA_MAX), DONE: (0, 0)}
 
-ROLES = ("user", "root", "control")
+ROLES = ("user", "root", "control", "forward")
 ERROR_CODES = ("denied", "not-found", "not-executable", "bad-request", "busy", "failed")
 SIGNALS = frozenset((1, 2, 3, 10, 12, 15, 18, 20))  # HUP INT QUIT USR1 USR2 TERM CONT TSTP
 
 _HEADER = struct.Struct(">BI")
 _RESIZE = struct.Struct(">HH")
 _CONSUMED = struct.Struct(">I")
+_PORT = struct.Struct(">H")
 HEADER_SIZE = _HEADER.size
 
-_ALL = {**TO_AGENT, **TO_CLIENT}
+_ALL = {**TO_AGENT, **TO_CLIENT, **FORWARD_TO_AGENT, **FORWARD_TO_CLIENT}
 
 
 class ProtocolError(Exception):
@@ -105,6 +118,11 @@ def encode_consumed(count: int) -> bytes:
     return encode_frame(CONSUMED, _CONSUMED.pack(count))
 
 
+def encode_forward(kind: int, port: int) -> bytes:
+    """CONNECT or ACCEPT, for a TCP port of the guest."""
+    return encode_frame(kind, _PORT.pack(port))
+
+
 def parse_resize(untrusted_payload: bytes) -> tuple[int, int]:
     """(rows, cols)"""
     try:
@@ -134,6 +152,62 @@ def parse_consumed(untrusted_payload: bytes) -> int:
     except struct.error as exc:
         raise ProtocolError("bad CONSUMED") from exc
     return count
+
+
+def parse_port(untrusted_payload: bytes) -> int:
+    try:
+        port: int = _PORT.unpack(untrusted_payload)[0]
+    except struct.error as exc:
+        raise ProtocolError("bad port") from exc
+    if not port:
+        raise ProtocolError("port 0 cannot be forwarded")
+    return port
+
+
+class Pieces:
+    """The bytes of a forward out of their frames, piece by piece as they arrive; holds a header at most.
+
+    `limits` is FORWARD_TO_AGENT or FORWARD_TO_CLIENT. Nothing but DONE may follow the end of the bytes.
+    """
+
+    __slots__ = ("_ended", "_held", "_left", "_limits")
+
+    def __init__(self, limits: dict[int, tuple[int, int]]) -> None:
+        self._limits = limits
+        self._held = bytearray()
+        self._left = 0  # bytes of the frame that is open
+        self._ended = False
+
+    def feed(self, untrusted_data: memoryview) -> "list[tuple[int, memoryview]]":
+        """(type, piece), valid as long as `untrusted_data`; an empty piece is the frame without payload."""
+        found: list[tuple[int, memoryview]] = []
+        at, end = 0, len(untrusted_data)
+        while at < end:
+            if self._left:
+                piece = untrusted_data[at : at + self._left]
+                self._left -= len(piece)
+                at += len(piece)
+                found.append((min(self._limits), piece))
+                continue
+            header = untrusted_data[at : at + HEADER_SIZE - len(self._held)]
+            at += len(header)
+            self._held += header
+            if len(self._held) == HEADER_SIZE:
+                self._open(found)
+        return found
+
+    def _open(self, found: "list[tuple[int, memoryview]]") -> None:
+        kind, length = _HEADER.unpack(self._held)
+        self._held.clear()
+        limit = self._limits.get(kind)
+        if limit is None or not limit[0] <= length <= limit[1]:
+            raise ProtocolError(f"frame type {kind} with {length} bytes in a forward")
+        if self._ended and kind != DONE:
+            raise ProtocolError("bytes after their end")
+        self._left = length
+        if not length:
+            self._ended = True
+            found.append((kind, memoryview(b"")))
 
 
 class Decoder:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,64 +26,75 @@ from bench.report import Row, as_ratio, median, print_section
 PROBE = Path(__file__).parent / "probes/lab_peers.py"
 ROUNDS = 3
 WARM_CALLS = 7  # in each round
-LOST_MAX = 4
+TRIES = 2
 VERSIONS = (
     "uname -r; qemu-system-x86_64 --version | head -n 1; echo libvirt $(virsh --version);"
     " systemd-vmspawn --version | head -n 1; crosvm --version; cloud-hypervisor --version"
 )
 
 
-def measure(lab: Lab, rounds: int) -> list[dict[str, Any]]:
-    """A lab whose own kernel crashed (QEMU's emulation of SVM is not perfect) loses that round alone."""
-    found: list[dict[str, Any]] = []
-    lost = 0
-    while rounds > 0:
+@dataclass
+class Measured:
+    """Times in seconds."""
+
+    name: str
+    cold: list[float] = field(default_factory=list)
+    warm: list[float] = field(default_factory=list)
+    why_not: str = ""
+    crashes: int = 0
+
+
+def measure(lab: Lab, rounds: int) -> list[Measured]:
+    """In each round every way is measured once, in turn: one VM runs at a time."""
+    lab.run("cat > /root/lab_peers.py", input=PROBE.read_text())
+    ways = [Measured(name) for name in ask_probe(lab, "names")]
+    for _ in range(rounds):
+        for number, way in enumerate(ways):
+            measure_way(lab, number, way)
+    return ways
+
+
+def measure_way(lab: Lab, number: int, way: Measured) -> None:
+    """A lab whose own kernel crashed (QEMU's emulation of SVM is not perfect) gets another try."""
+    for _ in range(TRIES):
         boot = lab.find_boot()
         try:
-            measured = measure_round(lab)
+            times = ask_probe(lab, f"{number} {WARM_CALLS}")
         except subprocess.CalledProcessError:
-            lost += 1
-            if lost > LOST_MAX or not lab.recover(boot):
+            if not lab.recover(boot):
                 raise
-            print(f"the lab itself crashed ({lab.accelerator}): this round again", flush=True)
+            print(f"the lab itself crashed ({lab.accelerator}) with {way.name}: again", flush=True)
+            way.crashes += 1
             continue
-        rounds -= 1
-        for way, new in zip(found or measured, measured, strict=True):
-            if way is not new:
-                way["cold"] += new["cold"]
-                way["warm"] += new["warm"]
-                way["why_not"] = way["why_not"] or new["why_not"]
-        found = found or measured
-    return found
+        way.cold += times["cold"]
+        way.warm += times["warm"]
+        way.why_not = way.why_not or times["why_not"]
+        return
 
 
-def measure_round(lab: Lab) -> list[dict[str, Any]]:
-    lab.run("cat > /root/lab_peers.py", input=PROBE.read_text())
-    done = subprocess.run(
-        lab.ssh(f"python3 /root/lab_peers.py {WARM_CALLS}"),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    measured: list[dict[str, Any]] = json.loads(done.stdout)
-    return measured
+def ask_probe(lab: Lab, arguments: str) -> Any:
+    command = lab.ssh(f"python3 /root/lab_peers.py {arguments}")
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
 
 
-def rows(found: list[dict[str, Any]], kind: str) -> list[Row]:
+def rows(found: list[Measured], kind: str) -> list[Row]:
     """The floor of each is the first: vmsilo with the machine type that the others have."""
-    first = found[0][kind]
+    first = getattr(found[0], kind)
     table = []
     for way in found:
-        times, why = way[kind], way["why_not"]
+        times, why = getattr(way, kind), way.why_not
+        if way.crashes:
+            why += f"{'; ' if why else ''}the lab crashed {way.crashes} times meanwhile"
+        name = f"{kind}: {way.name}"
         if not times:
-            table.append(Row(f"{kind}: {way['name']}", f"not measured: {why or 'no round came to its end'}"))
+            table.append(Row(name, f"not measured: {why or 'it came to no end'}"))
             continue
         floor = as_ratio(median(times), median(first)) if first else ""
         shown = f"{median(times):.2f} s ({min(times):.2f} to {max(times):.2f}, {len(times)} times)"
-        table.append(Row(f"{kind}: {way['name']}", shown, f"{median(first):.2f} s" if first else "", floor))
+        table.append(Row(name, shown, f"{median(first):.2f} s" if first else "", floor))
         if why:
-            table.append(Row(f"{kind}: {way['name']}", f"then failed: {why}"))
+            table.append(Row(name, f"also: {why}"))
     return table
 
 

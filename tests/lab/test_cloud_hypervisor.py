@@ -55,7 +55,7 @@ def wait_for_memory(host: Host, name: str, size: int) -> None:
 
 
 def end_of(host: Host, name: str) -> dict[str, Any]:
-    host.wait_until(f"! systemctl is-active -q vmsilo-{name}-vm.service", seconds=300)
+    host.wait_until(f"vmsilo status {name} | grep -qE '^State *(stopped|failed)'", seconds=300)
     return host.vms()[name]
 
 

@@ -37,12 +37,14 @@ def test_three_vms_at_once(host: Host) -> None:
                 "/proc/sys/kernel/hostname",
             ],
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
             text=True,
         )
         for name in NAMES
     ]
-    assert [start.communicate(timeout=400)[0].strip() for start in starts] == list(NAMES)
+    said = [start.communicate(timeout=400) for start in starts]
+    assert [output.strip() for output, _ in said] == list(NAMES), said
     uids = {host.read(f"stat -c %u /proc/{host.main_pid(name)}") for name in NAMES}
     assert len(uids) == 3
     # One VM's uid sees nothing of another: not its run-time directory, not its memory.

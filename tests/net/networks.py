@@ -154,7 +154,12 @@ class Desk:
         self.holders = ProcessHolders()
         self.switches = Switches(self.holders)
         self._stack = ExitStack()
-        self.apply(*ports)
+        self._stack.callback(self._release)
+        try:
+            self.apply(*ports)
+        except BaseException:
+            self._stack.close()
+            raise
 
     def __enter__(self) -> Desk:
         return self
@@ -163,6 +168,8 @@ class Desk:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
+
+    def _release(self) -> None:
         run(self.holders.release(frozenset(self.holders.processes)))
 
     def apply(self, *ports: Port) -> None:

@@ -318,3 +318,16 @@ def test_counts_are_told_by_tap(world: World) -> None:
     assert nft.read_denials() == {"a-0": 2, "b-0": 1}
     world.change(B, E)
     assert nft.read_denials() == {"b-0": 1}, "what is gone is not counted on"
+
+
+def test_an_address_for_dhcp_to_give_comes_from_its_tap_only(world: World) -> None:
+    lan = world.lan()
+    ip("link set lo up")
+    set_sysctl("net/ipv4/conf/all/rp_filter", "0")
+    set_sysctl("net/ipv4/conf/lan/rp_filter", "0")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server, lan.raw_socket() as line:
+        server.bind(("10.0.3.254", PORT))
+        line.send(packets.udp(Way(lan.mac(), mac_of("lan"), "10.0.3.7", "10.0.3.254"), 1, PORT, b"lie"))
+        server.sendto(b"to itself", ("10.0.3.254", PORT))
+        assert received(server) == (b"to itself", "10.0.3.254")
+    assert world.kinds("lan") == {"elsewhere": 1}

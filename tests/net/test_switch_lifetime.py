@@ -59,14 +59,19 @@ def test_a_change_reaches_running_vms() -> None:
         assert desk.inside("ip", "-6", "neigh", "show", "proxy").count("fd00:1::4") == 0
 
 
+def _numbers(desk: Desk) -> list[list[str]]:
+    """Of the devices, with their names."""
+    return [line.split()[:2] for line in desk.inside("ip", "-o", "link").splitlines()]
+
+
 def test_another_vmsilod_goes_on_with_what_it_finds() -> None:
     with Desk(A, B) as desk:
         alpha = desk.plug(A)
-        before = desk.inside("ip", "-o", "link"), desk.inside("nft", "list", "ruleset")
+        before = _numbers(desk), desk.inside("nft", "list", "ruleset")
         desk.switches = Switches(desk.holders)  # the last one was killed
         desk.apply(A, B)
         # Not even the rules were loaded again: their counters would be new.
-        assert (desk.inside("ip", "-o", "link"), desk.inside("nft", "list", "ruleset")) == before
+        assert (_numbers(desk), desk.inside("nft", "list", "ruleset")) == before
         beta = desk.plug(B)
         alpha.udp("10.1.0.3", b"hello")
         assert beta.find(b"hello")
@@ -106,10 +111,14 @@ def test_what_somebody_broke_is_made_again(damage: list[str], again: str) -> Non
 
 def test_a_network_whose_namespace_was_lost_is_made_again() -> None:
     with Desk(A, B) as desk:
+        old = [desk.plug(A), desk.plug(B)]
         run(desk.holders.release(frozenset({LAN})))
-        alpha, beta = desk.plug(A), desk.plug(B)
-        alpha.udp("10.1.0.3", b"hello")
-        assert beta.find(b"hello")
+        new = [desk.plug(A), desk.plug(B)]
+        # Those that ran are by themselves until they are started again.
+        for alpha, beta in (old, new):
+            alpha.udp("10.1.0.3", b"hello")
+            assert beta.find(b"hello")
+            assert not [frame for guest in (*old, *new) for frame in guest.drain() if frame.payload]
 
 
 def test_a_vm_whose_rules_cannot_be_installed_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:

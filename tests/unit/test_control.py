@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 import subprocess
@@ -40,6 +41,7 @@ PEER = Peer(1, 61234, 61234, "banking", "vmsilo-banking-vm.service")
         ("5:devices:/vmsilo-banking-vm.service\n0::/user.slice\n", None),
         ("0::/user.slice/user-1000.slice/session-2.scope\n", None),
         ("0::/vmsilo.slice/vmsilo-banking-vsock.service\n", None),
+        ("0::/vmsilo.slice/vmsilo-a-b-forward.service\n", ("a-b", "vmsilo-a-b-forward.service")),
         ("0::/vmsilo.slice/vmsilo-Banking-vm.service\n", None),
         ("0::/x-vmsilo-banking-vm.service\n", None),
     ],
@@ -66,6 +68,7 @@ def test_a_process_that_is_gone_is_nobody(tmp_path: Path) -> None:
         b'{"op": "prepare", "name": "work"}',
         b'{"op": "release", "name": "banking"}',
         b'{"op": ["prepare"], "name": "banking"}',
+        b'{"op": "forward", "name": "banking", "listening": false}',
     ],
 )
 def test_everything_but_its_own_request_is_refused(data: bytes) -> None:
@@ -78,6 +81,16 @@ def test_its_own_request_is_taken() -> None:
     assert parse_operation(b'{"op": "stop", "name": "banking"}', PEER) == "stop"
 
 
+def test_a_forwarder_may_ask_for_its_ports_alone() -> None:
+    forwarder = dataclasses.replace(PEER, unit="vmsilo-banking-forward.service")
+    ask = b'{"op": "forward", "name": "banking", "listening": %s}'
+    assert parse_operation(ask % b"false", forwarder) == "forward"
+    assert parse_operation(ask % b"true", forwarder) == "forward again"
+    for operation in (b"prepare", b"stop", b"forward again"):
+        with pytest.raises(BadRequest):
+            parse_operation(b'{"op": "%s", "name": "banking"}' % operation, forwarder)
+
+
 class Nobody:
     """No launcher gets this far in these tests."""
 
@@ -85,6 +98,9 @@ class Nobody:
         raise AssertionError
 
     async def shut_down(self, peer: Peer) -> dict[str, Any]:
+        raise AssertionError
+
+    async def forward(self, peer: Peer, *, listening: bool) -> tuple[dict[str, Any], list[int]]:
         raise AssertionError
 
 

@@ -18,6 +18,7 @@ PACKAGES = {
     "vmsilo": {"vmsilo_wire"},
     "vmsilo_relay": {"vmsilo_wire"},
     "vmsilo_console": {"vmsilo_wire", "vmsilo_relay"},
+    "vmsilo_forward": {"vmsilo_wire", "vmsilo_relay"},
     "vmsilo_launch": set[str](),
     "vmsilo_image": set[str](),
     "vmsilod": {"vmsilo_wire", "vmsilo_image"},
@@ -41,13 +42,21 @@ LAYERS = (
         "vmsilod.endings",
     },
     {"vmsilod.usb"},
-    {"vmsilod.holders"},
+    {"vmsilod.holders", "vmsilod.forwards"},
     {"vmsilod.runs"},
     {"vmsilod.lifecycle"},
     {"vmsilod.main"},
 )
 
-STDLIB_ONLY = ("vmsilo_wire", "vmsilo_agent", "vmsilo", "vmsilo_relay", "vmsilo_console", "vmsilo_launch")
+STDLIB_ONLY = (
+    "vmsilo_wire",
+    "vmsilo_agent",
+    "vmsilo",
+    "vmsilo_relay",
+    "vmsilo_console",
+    "vmsilo_forward",
+    "vmsilo_launch",
+)
 LATE = {"vmsilo": {"jeepney"}}  # imported where D-Bus is needed, not at start
 
 

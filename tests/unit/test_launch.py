@@ -177,6 +177,24 @@ def test_terminals_become_standard_input_and_output(tmp_path: Path) -> None:
     assert done.stdout == ""
 
 
+def test_a_vmm_that_wants_it_has_its_console_as_controlling_terminal(tmp_path: Path) -> None:
+    ours, its = os.openpty()
+    show = (
+        "import os, signal; print(os.tcgetpgrp(0) == os.getpgrp(), signal.getsignal(signal.SIGHUP),"
+        " file=open('/dev/tty', 'w'))"
+    )
+    reply = {"argv": [sys.executable, "-c", show], "env": {}, "stdio": [0, 0], "own_terminal": True}
+    control = ControlSocket(tmp_path / "control.sock", lambda _: (reply, [its]))
+    try:
+        done = subprocess.run(launcher(tmp_path, ["start", "banking"]), start_new_session=True, check=False)
+        assert done.returncode == 0
+        assert os.read(ours, 200).decode().strip() == "True 1"
+    finally:
+        control.close()
+        os.close(ours)
+        os.close(its)
+
+
 def test_a_refusal_is_a_fact_and_a_hint(tmp_path: Path) -> None:
     error = {"error": {"code": "start-failed", "message": "image 'x' is missing", "hint": "build it"}}
     done, _ = run_launcher(tmp_path, ["start", "banking"], lambda _: (error, []), {})

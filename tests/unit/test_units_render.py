@@ -46,6 +46,18 @@ CASES = {
         UnitContext(owner="david", vmm="cloud-hypervisor", groups=frozenset({"kvm"})),
     ),
     "qemu-pci": (make_vm(name="sys-net", pci_devices=["02:00.0"], depends_on=["vault"]), QEMU_PCI),
+    "crosvm-forwards": (
+        make_vm(
+            network={
+                "forward_ports": [
+                    {"from": "host", "host": 2222, "guest": 22},
+                    {"from": "guest", "guest": 5432, "host": 5432},
+                    {"from": "guest", "guest": 53, "host": "[::1]:53"},
+                ]
+            }
+        ),
+        CROSVM,
+    ),
     "qemu-hybrid": (make_vm(name="untrusted", stop_timeout=5, sources=[]), QEMU_HYBRID),
 }
 
@@ -159,7 +171,7 @@ def test_systemd_finds_nothing_to_say(tmp_path: Path, case: str) -> None:
     vm, context = CASES[case]
     programs = tmp_path / "lib"
     (programs / "bin").mkdir(parents=True)
-    for program in ("bin/vmsilo-launch", "vhost-device-vsock"):
+    for program in ("bin/vmsilo-launch", "bin/vmsilo-forward", "vhost-device-vsock"):
         (programs / program).write_text("#!/bin/sh\n")
         (programs / program).chmod(0o755)
     paths = UnitPaths(libdir=str(programs), vhost_device_vsock=str(programs / "vhost-device-vsock"))
@@ -178,6 +190,13 @@ def test_systemd_finds_nothing_to_say(tmp_path: Path, case: str) -> None:
         check=False,
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_forwards_into_the_guest_alone_need_no_network() -> None:
+    network = {"forward_ports": [{"from": "host", "host": 2222, "guest": 22}]}
+    text = render_units(make_vm(network=network), CROSVM).files["vmsilo-banking-forward.service"]
+    assert "PrivateNetwork=yes" in settings_of(text)
+    assert not [line for line in settings_of(text) if "AF_INET" in line]
 
 
 def test_only_a_crosvm_with_an_interface_may_open_an_internet_socket() -> None:

@@ -25,7 +25,7 @@ SIZE = 65535
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,31}")
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
-_PROTOCOLS = {"tcp": "tcp", "udp": "udp", "sctp": "sctp", "icmp": "icmp", "icmpv6": "ipv6-icmp"}
+_PROTOCOLS = ("tcp", "udp", "icmp")
 
 
 def checked(name: str) -> str:
@@ -52,8 +52,8 @@ def render_set(name: str, kind: str, elements: Iterable[str], *, flags: str = ""
     return _render_named("set", name, kind, elements, flags)
 
 
-def render_map(name: str, kind: str, elements: Mapping[str, str]) -> str:
-    return _render_named("map", name, kind, (f"{key} : {value}" for key, value in elements.items()), "")
+def render_map(name: str, kind: str, elements: Mapping[str, str], *, flags: str = "") -> str:
+    return _render_named("map", name, kind, (f"{key} : {value}" for key, value in elements.items()), flags)
 
 
 def _render_named(what: str, name: str, kind: str, elements: Iterable[str], flags: str) -> str:
@@ -101,16 +101,13 @@ def allow_rules(allows: Iterable[Allow]) -> list[str]:
 
 
 def _allow_rule(allow: Allow) -> str:
-    protocol = _PROTOCOLS.get(allow.protocol)
-    if protocol is None:
-        raise Failed(f"a firewall rule cannot be made for the protocol {allow.protocol!r}")
-    if protocol == "icmp" and allow.network.version == 6:
-        protocol = "ipv6-icmp"
+    if allow.protocol not in _PROTOCOLS or (allow.ports and allow.protocol == "icmp"):
+        raise Failed(f"a firewall rule cannot be made of {allow}")
+    icmp = "icmp" if allow.network.version == 4 else "ipv6-icmp"
+    protocol = icmp if allow.protocol == "icmp" else allow.protocol
     destination = f"{'ip' if allow.network.version == 4 else 'ip6'} daddr {allow.network}"
     if allow.ports is None:
         return f"{destination} meta l4proto {protocol} accept"
-    if "icmp" in protocol:
-        raise Failed(f"the protocol {allow.protocol!r} has no ports")
     first, last = allow.ports
     ports = str(first) if first == last else f"{first}-{last}"
     return f"{destination} {protocol} dport {ports} accept"

@@ -21,6 +21,7 @@ from vmsilod.network.rule_text import (
     host_allows,
     open_allows,
     quoted,
+    render_chain,
     render_map,
     render_networks,
     render_set,
@@ -149,7 +150,29 @@ def _render_places(ports: Sequence[Port]) -> str:
                 f"home{version}", f"type ifname . {kind}", (f"{quoted(home)} . {own}" for home, own in homes)
             ),
         ]
-    return "".join(texts)
+    return "".join(texts) + _render_subnet_homes(ports)
+
+
+def _render_subnet_homes(ports: Sequence[Port]) -> str:
+    """What DHCP gives to a VM is some address of its TAP's subnet: none of that comes from elsewhere either,
+    but for the host's own, which it uses to speak to itself.
+    """
+    chains: list[str] = []
+    homes: dict[Network, str] = {}
+    for port in ports:
+        for host in port.host_addresses:
+            # nft refuses a map with overlaps; the configuration has none.
+            if port.dhcp and host.version == 4 and not any(_overlap(host.network, home) for home in homes):
+                homes[host.network] = f"jump home-{port.tap}"
+        if port.dhcp and port.host_addresses:
+            rule = f'iifname != {{ {quoted(port.tap)}, "lo" }} goto elsewhere'
+            chains.append(render_chain(f"home-{port.tap}", (rule,)))
+    jumps = {str(network): jump for network, jump in homes.items()}
+    return "".join(chains) + render_map("homes4", "type ipv4_addr : verdict", jumps, flags="flags interval")
+
+
+def _overlap(one: Network, other: Network) -> bool:
+    return one.network_address in other or other.network_address in one
 
 
 def _render_opened(ports: Sequence[Port]) -> str:
@@ -178,6 +201,7 @@ _INPUT = f"""\
 		type filter hook prerouting priority raw - 10; policy accept;
 		ip saddr @own4 iifname . ip saddr != @home4 goto elsewhere
 		ip6 saddr @own6 iifname . ip6 saddr != @home6 goto elsewhere
+		ip saddr vmap @homes4
 	}}
 	chain elsewhere {{
 		update @elsewhere {{ iifname }}

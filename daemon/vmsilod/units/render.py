@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from vmsilod.units.forward import render_forwards
 from vmsilod.units.hardening import (
     HELPER,
     VMM_EVERY,
@@ -92,6 +93,8 @@ def render_units(vm: VmConfig, context: UnitContext) -> RenderedUnits:
     if context.hybrid_cid is not None:
         for parent in (vm_unit(vm.name), debug_unit(vm.name)):
             files[vsock_unit(parent)] = _render_vsock(vm, context, parent)
+    parents = (vm_unit(vm.name), debug_unit(vm.name))
+    files |= render_forwards(_render_header(vm), vm, parents, context.paths.libdir)
     links = {}
     if vm.auto_start:
         links[f"{VMS_TARGET}.wants/{vm_unit(vm.name)}"] = f"../{vm_unit(vm.name)}"

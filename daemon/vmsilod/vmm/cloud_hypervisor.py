@@ -62,7 +62,9 @@ def plan_launch(vm: VmShape, leases: Leases, *, console: Console, binary: str) -
         argv += ["--initramfs", fds.path(leases.initrd_fd)]
     argv += ["--cmdline", plan_kernel_params(vm, leases, console=console)]
     argv += vm.cloud_hypervisor.extra_args
-    return Launch(tuple(argv), ENVIRONMENT, fds.passed())
+    # A helper of its own watches the console's terminal for a new size. It takes the terminal for a session
+    # of its own unless it is that of cloud-hypervisor's, and a second one, after a reboot, could not (53.0).
+    return Launch(tuple(argv), ENVIRONMENT, fds.passed(), own_terminal=console is Console.VIRTIO)
 
 
 def _check_devices(vm: VmShape) -> None:

@@ -199,6 +199,8 @@ class Launch:
     env: tuple[tuple[str, str], ...]
     fds: tuple[int, ...]
     """fds[i] must be number FD_BASE + i in the VMM, not close-on-exec; it gets no other but 0, 1 and 2."""
+    own_terminal: bool = False
+    """Its standard input must be the controlling terminal of its session."""
 
 
 class PassedFds:

@@ -1,8 +1,8 @@
-"""Runs `true` in one image by several ways, cold and warm, and says how long each took. In the lab, as root.
+"""Runs `true` in one image by one of several ways, cold and warm, and says how long it took. In the lab.
 
-One round: every way is started, called argv[1] times and ended in turn, so that one VM runs at a time.
-Prints, for each way, its times in seconds and, where it could not be measured, why. vmsilo's VMs and
-libvirt's domain exist only while this runs.
+argv: names, or NUMBER CALLS: the way of that number is started, called CALLS times and ended. Prints the
+names, or the times in seconds and, where it could not be measured, why. vmsilo's VM and libvirt's domain
+exist only while this runs.
 """
 
 from __future__ import annotations
@@ -155,6 +155,7 @@ def make_virsh() -> Way:
         if shutil.which("virsh") is None:
             raise Unusable("virsh is not in PATH")
         (SCRATCH / "bench.xml").write_text(DOMAIN)
+        run(["virsh", "undefine", "bench"], check=False)  # of a time when the lab crashed
         run(["virsh", "define", str(SCRATCH / "bench.xml")])
         stop()
 
@@ -270,7 +271,7 @@ def measure_warm(way: Way, calls: int) -> None:
 
 
 def guarded(way: Way, step: Callable[[], None]) -> None:
-    """A way that fails is left out from then on, and the others are measured."""
+    """Once it has failed, no more of it is tried."""
     if not way.why_not:
         try:
             step()
@@ -280,45 +281,44 @@ def guarded(way: Way, step: Callable[[], None]) -> None:
 
 
 def copy_image() -> None:
-    shutil.rmtree(SCRATCH, ignore_errors=True)  # of a round in which the lab crashed
+    shutil.rmtree(SCRATCH, ignore_errors=True)  # of a time when the lab crashed
     SCRATCH.mkdir(parents=True)
     source = Path(run(["vmsilo", "image", "path", "bench"]).stdout.strip())
     for name in ("vmlinuz", "initrd", "root.erofs"):
         shutil.copyfile(source / name, SCRATCH / name)
 
 
-def main() -> None:
-    calls = int(sys.argv[1])
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    os.environ["LC_ALL"] = "C.UTF-8"
-    copy_image()
+def make_ways() -> list[Way]:
     qemu = 'vmm = "qemu"\n[qemu]\nmachine = "{}"\n'
-    ways = [
+    crosvm, cloud_hypervisor = 'vmm = "crosvm"\n', 'vmm = "cloud-hypervisor"\n'
+    return [
         make_vmsilo("bench-q35", "`vm-run`, QEMU q35", "qemu-system-x86_64", qemu.format("q35")),
         make_virsh(),
         make_vmspawn(),
         make_vmsilo("bench-microvm", "`vm-run`, QEMU microvm", "qemu-system-x86_64", qemu.format("microvm")),
-        make_vmsilo("bench-crosvm", "`vm-run`, crosvm", "crosvm", 'vmm = "crosvm"\n'),
-        make_vmsilo(
-            "bench-ch", "`vm-run`, cloud-hypervisor", "cloud-hypervisor", 'vmm = "cloud-hypervisor"\n'
-        ),
+        make_vmsilo("bench-crosvm", "`vm-run`, crosvm", "crosvm", crosvm),
+        make_vmsilo("bench-ch", "`vm-run`, cloud-hypervisor", "cloud-hypervisor", cloud_hypervisor),
     ]
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    os.environ["LC_ALL"] = "C.UTF-8"
+    ways = make_ways()
+    if sys.argv[1:] == ["names"]:
+        print(json.dumps([way.name for way in ways]))
+        return
+    way, calls = ways[int(sys.argv[1])], int(sys.argv[2])
+    copy_image()
     try:
-        for way in ways:
-            guarded(way, way.prepare)
-        for way in ways:
-            guarded(way, partial(measure_cold, way))
-            guarded(way, partial(measure_warm, way, calls))
-            guarded(way, way.stop)
+        guarded(way, way.prepare)
+        guarded(way, partial(measure_cold, way))
+        guarded(way, partial(measure_warm, way, calls))
+        guarded(way, way.stop)
     finally:
-        for way in ways:
-            way.cleanup()
+        way.cleanup()
         shutil.rmtree(SCRATCH)
-    found = [
-        {"name": way.name, "cold": way.cold_times, "warm": way.warm_times, "why_not": way.why_not}
-        for way in ways
-    ]
-    print(json.dumps(found))
+    print(json.dumps({"cold": way.cold_times, "warm": way.warm_times, "why_not": way.why_not}))
 
 
 if __name__ == "__main__":

@@ -46,11 +46,12 @@ CHUNK = 128
 
 @dataclass(frozen=True)
 class Settled:
-    """How it is now: `faults` says per TAP why its VM cannot use it, `rules_fault` why none can; `ruled` is
-    what the rules are made of: nothing of devices that are not there or not ours.
+    """How it is now: `faults` says per TAP why its VM cannot use it, `rules_fault` why none can. `rules` are
+    made of `ruled`, which has nothing of devices that are not there or not ours; "" for none.
     """
 
     ruled: NetworkPlan = field(default_factory=NetworkPlan)
+    rules: str = ""
     faults: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     rules_fault: str = ""
     judged: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
@@ -62,7 +63,7 @@ def settle(plan: NetworkPlan, running: frozenset[str], lent_file: Path = forward
     ports = host_ports(plan)
     faults: dict[str, str] = {}
     judged: dict[str, str] = {}
-    ruled = NetworkPlan()
+    ruled, rules = NetworkPlan(), ""
     if not ports and not has_devices():
         return _clear(lent_file)
     try:
@@ -70,18 +71,27 @@ def settle(plan: NetworkPlan, running: frozenset[str], lent_file: Path = forward
             batch = _Batch(links, ports, running, faults)
             made = batch.make_taps()
             ruled = batch.reduce(plan)
-            if not ruled.ports:
-                installed.remove_rules()
-            elif fault := installed.ensure_rules(ruled, anew=made):
+            try:
+                rules = _install(ruled, anew=made)
+            except VmsiloError as error:
                 batch.shut()
-                return Settled(ruled, MappingProxyType(faults), fault)
+                return Settled(ruled, faults=MappingProxyType(faults), rules_fault=error.message)
             batch.configure()
             forwarding.lend_forwarding(_nat_interface(ruled), lent_file)
             judged = batch.judge()
     except VmsiloError as error:
         for port in ports:
             faults.setdefault(port.tap, error.message)
-    return Settled(ruled, MappingProxyType(faults), judged=MappingProxyType(judged))
+    return Settled(ruled, rules, MappingProxyType(faults), judged=MappingProxyType(judged))
+
+
+def _install(ruled: NetworkPlan, *, anew: bool) -> str:
+    if not ruled.ports:
+        installed.remove_rules()
+        return ""
+    rules = installed.render(ruled)
+    installed.ensure_rules(rules, anew=anew)
+    return rules
 
 
 def _clear(lent_file: Path) -> Settled:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vmsilod.errors import VmsiloError
+from vmsilod.errors import Failed, VmsiloError
 from vmsilod.network import macvtap, nft, ruleset
 
 if TYPE_CHECKING:
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
     from vmsilod.network.plan import NetworkPlan, Port
 
 
-def ensure_rules(plan: NetworkPlan, *, anew: bool) -> str:
-    """The fault, "" for none. `anew`: also where they are there, since a hook ends with its device."""
-    try:
-        text = _render(plan)
-        if anew or not nft.is_installed(text):
-            nft.apply(text)
-            if not nft.is_installed(text):
-                return "the rules are not what was just installed"
-    except VmsiloError as error:
-        return error.message
-    return ""
+def render(plan: NetworkPlan) -> str:
+    """The rules of this plan on this host as it is now. Raises Failed."""
+    return ruleset.render_ruleset(plan, nft.look_around(plan))
 
 
-def find_fault(plan: NetworkPlan) -> str:
-    """Why the rules of this plan do not hold, "" if they do."""
+def ensure_rules(rules: str, *, anew: bool) -> None:
+    """`anew`: also where they are there, since a hook ends with its device. Raises Failed."""
+    if anew or not nft.is_installed(rules):
+        nft.apply(rules)
+        if not nft.is_installed(rules):
+            raise Failed("the rules are not what was just installed")
+
+
+def find_fault(rules: str) -> str:
+    """Why these rules do not hold, "" if they do."""
     try:
-        return "" if nft.is_installed(_render(plan)) else "its rules are not installed"
+        return "" if nft.is_installed(rules) else "its rules are not installed"
     except VmsiloError as error:
         return error.message
 
@@ -68,7 +68,3 @@ def remove_filters(ports: Iterable[Port]) -> None:
 def find_denials() -> dict[str, int]:
     """Packets refused, by TAP. Raises Failed."""
     return nft.read_denials()
-
-
-def _render(plan: NetworkPlan) -> str:
-    return ruleset.render_ruleset(plan, nft.look_around(plan))

@@ -142,8 +142,8 @@ class NetworkPool:
                 await loop.in_worker(installed.ensure_filters, open_macvtaps)
             except VmsiloError as error:
                 log.error("%s", error)
-            ruled = self._settled.ruled
-            if not ruled.ports or not await loop.in_worker(installed.find_fault, ruled):
+            rules = self._settled.rules
+            if not rules or not await loop.in_worker(installed.find_fault, rules):
                 return
             log.error("somebody removed or changed vmsilo's network rules; installing them again")
             await loop.in_worker(batch.stop_forwarding, self._plan)
@@ -166,7 +166,7 @@ class NetworkPool:
             return f"its rules cannot be installed: {self._settled.rules_fault}"
         known = [self._settled.faults[port.tap] for port in ports if port.tap in self._settled.faults]
         found = [*known, *(await loop.in_worker(_find_faults, ports)).values()]
-        return found[0] if found else await loop.in_worker(installed.find_fault, self._settled.ruled)
+        return found[0] if found else await loop.in_worker(installed.find_fault, self._settled.rules)
 
     def _host_ports_of(self, vm: str) -> tuple[Port, ...]:
         return tuple(port for port in host_ports(self._plan) if port.vm == vm)
@@ -241,18 +241,14 @@ def _find_faults(ports: Sequence[Port]) -> dict[str, str]:
 
 
 def _is_as_settled(ports: Sequence[Port], settled: Settled) -> bool:
-    """Blocks. False also where trying again may help."""
+    """Blocks. False also where trying again may help, and where the host is in other networks by now."""
     try:
-        faults = _find_faults(ports)
+        if _find_faults(ports) != dict(settled.judged) or not batch.lends(settled.ruled):
+            return False
+        return not settled.ruled.ports or installed.render(settled.ruled) == settled.rules
     except VmsiloError as error:
         log.error("%s", error)
         return True
-    ruled = settled.ruled
-    return (
-        faults == dict(settled.judged)
-        and batch.lends(ruled)
-        and not (ruled.ports and installed.find_fault(ruled))
-    )
 
 
 def _are_changed(ports: Sequence[Port]) -> bool:

@@ -40,22 +40,23 @@ VMS = {
     "two": SMALL + WAN.format(number=2) + INNER.format(number=2),
     "lone": SMALL + INNER.format(number=3),
 }
-SERVER = "203.0.113.1"
-# The internet: documentation addresses (RFC 5737), which no table of closed networks has.
+# The host's next hop, in its own network, and a server behind that: documentation addresses (RFC 5737).
+ROUTER, SERVER = "203.0.113.1", "198.51.100.1"
 WORLD = f"""
 set -e
 ip netns add world
 ip link add uplink type veth peer name eth0 netns world
 ip addr add 203.0.113.2/24 dev uplink
 ip link set uplink up
-ip route add default via {SERVER}
-ip -n world addr add {SERVER}/24 dev eth0
+ip route add default via {ROUTER}
+ip -n world addr add {ROUTER}/24 dev eth0
+ip -n world addr add {SERVER}/32 dev lo
 ip -n world link set eth0 up
 ip -n world link set lo up
 mkdir -p /srv/world
 echo 'hello from the internet' > /srv/world/index.html
 systemd-run -q --unit=world -p NetworkNamespacePath=/run/netns/world \\
-    python3 -u -m http.server -d /srv/world --bind {SERVER} 80
+    python3 -u -m http.server -d /srv/world 80
 """
 
 
@@ -84,6 +85,7 @@ def show_all(transcript: Transcript) -> None:
     show("vm-run one ip -br address; vm-run one ip route")
     show(f"{fetch('one', SERVER)}    # through NAT")
     show("journalctl -u world -o cat -n 1 --no-pager    # who came: the host's address", user="root")
+    show(f"{fetch('one', ROUTER)}    # the same server, by its address in the host's own network", expect=1)
     show("vm-run --detach two python3 -m http.server 8000")
     show(f"sleep 3; {fetch('one', '10.88.0.2:8000')} | head -n 3    # the same VM-to-VM network")
     show(f"{fetch('one', '10.77.2.1:8000')}    # the same VM, by its TAP", expect=1)

@@ -94,9 +94,14 @@ def ping(way: Way, number: int = 1) -> bytes:
     return icmp4(way, 8, struct.pack("!HH", 7, number))
 
 
-def icmp4(way: Way, kind: int, rest: bytes) -> bytes:
-    body = struct.pack("!BBH", kind, 0, 0) + rest
+def icmp4(way: Way, kind: int, rest: bytes, *, code: int = 0) -> bytes:
+    body = struct.pack("!BBH", kind, code, 0) + rest
     return ip(way, ICMP, body[:2] + struct.pack("!H", checksum(body)) + body[4:])
+
+
+def port_unreachable(way: Way, frame: bytes) -> bytes:
+    """The IPv4 error about a frame that came in."""
+    return icmp4(way, 3, bytes(4) + frame[14 : 14 + 28], code=3)
 
 
 def icmp6(way: Way, kind: int, rest: bytes, *, hops: int = 255) -> bytes:

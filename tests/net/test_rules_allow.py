@@ -113,3 +113,21 @@ def test_dns_goes_to_the_host_where_it_is_the_nameserver(world: World, version: 
         world.say(A, pick(version, "10.0.2.254", "fd00:2::fe"), 53)
         world.say(B, target, 53)
         assert received(server, SHORT) is None
+
+
+def test_a_guests_error_about_an_answer_reaches_who_answered(world: World) -> None:
+    lan = world.lan()
+    world.change(replace(A, allow=(allow(LAN, "udp", (PORT, PORT)),)), B, E)
+    way = world.way(A, LAN)
+    with lan.udp_socket(PORT, LAN) as server, lan.raw_socket() as line:
+        world.say(A, LAN, PORT)
+        got = received(server)
+        assert got is not None
+        server.sendto(b"answer", (got[1], 4000))
+        answer = world.taps["a-0"].receive(b"answer")
+        assert answer is not None
+        world.send(A, packets.port_unreachable(way, answer))
+        assert heard(line, b"\x03\x03"), "the error"
+        strange = packets.udp(way.of(source=LAN, destination="10.0.1.1"), PORT + 1, 4000)
+        world.send(A, packets.port_unreachable(way, strange))
+        assert world.kinds("a-0") == {"denied": 1}, "one about nothing is not known"

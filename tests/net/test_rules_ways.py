@@ -27,7 +27,7 @@ from net.rules_world import (
     allow,
     link_local,
 )
-from net.tap_ground import SHORT, heard, ip, mac_of, peer, received, set_sysctl
+from net.tap_ground import SHORT, WAIT, heard, ip, mac_of, peer, received, set_sysctl
 from vmsilod.network import nft
 
 if TYPE_CHECKING:
@@ -222,6 +222,27 @@ def test_the_host_reaches_its_vms(world: World, version: int) -> None:
         own = host.getsockname()[1]
         world.send(A, packets.udp(world.way(A, HOSTS[version][0]), PORT, own, b"answer"))
         assert received(host) is not None
+
+
+def test_a_guests_error_reaches_the_host_that_asked(world: World) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as host:
+        host.settimeout(WAIT)
+        host.connect(("10.0.1.1", PORT))
+        host.send(b"question")
+        question = world.taps["a-0"].receive(b"question")
+        assert question is not None
+        world.send(A, packets.port_unreachable(world.way(A, "10.0.1.254"), question))
+        with pytest.raises(ConnectionRefusedError):
+            host.recv(1)
+
+
+def test_what_belongs_to_no_connection_does_not_leave_untranslated(world: World) -> None:
+    """NAT sees connections alone: a stray RST would go out with the VM's own address."""
+    there = world.internet()
+    with there.raw_socket() as line:
+        world.send(A, packets.tcp(world.way(A, INTERNET), (4000, PORT), 0x04))
+        assert not heard(line, struct.pack("!HH", 4000, PORT))
+    assert world.kinds("a-0") == {"denied": 1}
 
 
 def test_the_host_asks_and_answers_who_has_an_address(world: World) -> None:

@@ -41,7 +41,10 @@ class FakeDaemon:
 
     def __init__(self, address: str) -> None:
         self.vms: list[dict[str, tuple[str, Any]]] = [vm("banking")]
-        self.answers: dict[str, Callable[[Any], Reply]] = {"List": lambda _body: ("aa{sv}", (self.vms,))}
+        self.answers: dict[str, Callable[[Any], Reply]] = {
+            "List": lambda _body: ("aa{sv}", (self.vms,)),
+            "GetNetwork": lambda _body: ("aa{sv}", ([],)),
+        }
         self.calls: list[tuple[str, Any]] = []
         self.flags = 0
         self._connection: DBusConnection = open_dbus_connection(address, enable_fds=True)

@@ -332,6 +332,15 @@ def test_a_second_daemon_does_not_start(stand_in: str, server: subprocess.Popen[
         pass
 
 
+def test_the_network_is_read_at_both_objects(client: Client) -> None:
+    """Counters are 64 bits wide."""
+    (port,) = client.manager("GetNetwork", "s", "banking")
+    assert port["Tap"] == ("s", "banking-0")
+    assert port["Received"] == ("t", 1 << 40)
+    assert port["Denied"] == ("t", 3)
+    assert client.call(vm_path("banking"), VM, "GetNetwork") == [port]
+
+
 def test_memory_is_read_and_asked_for_at_both_objects(client: Client) -> None:
     limits = {"configured": 512, "maximum": 1024}
     asked = {**limits, "requested": 768, "actual": 768}

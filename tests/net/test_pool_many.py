@@ -128,3 +128,12 @@ def test_a_vmm_that_changes_the_address_of_its_end_is_cut_off(watched: NetworkPo
     run(watched.close("vm1"))
     assert ",UP" in ip("link", "show", "vm1-0")
     assert "link/ether fe:00:00:00:00:01" in ip("link", "show", "vm1-0")
+
+
+def test_the_rules_follow_the_networks_that_the_host_is_in(watched: NetworkPool) -> None:
+    """What the host is in is no internet, whatever its addresses."""
+    applied(watched, vm(1), nat="wan0")
+    assert "203.0.113.0/24" not in nft("list", "ruleset")
+    ip("link", "add", "wan0", "type", "veth", "peer", "name", "wan1")
+    ip("addr", "add", "203.0.113.7/24", "dev", "wan0")
+    assert until(lambda: "203.0.113.0/24" in nft("list", "ruleset"))

@@ -206,6 +206,23 @@ def test_status_of_one(programs: Programs, daemon: FakeDaemon) -> None:
     assert programs("vmsilo", "status", "nothing").returncode == 1
 
 
+def test_status_shows_what_passes_the_interfaces(programs: Programs, daemon: FakeDaemon) -> None:
+    port = {
+        **{"Interface": ("s", "wan"), "Tap": ("s", "banking-0"), "State": ("s", "up")},
+        **{"Problem": ("s", ""), "Received": ("t", 1 << 40), "Sent": ("t", 12), "Denied": ("t", 3)},
+    }
+    broken = {**port, "Interface": ("s", "lan"), "State": ("s", "broken"), "Problem": ("s", "no\x1b[31m")}
+    daemon.answers["GetNetwork"] = lambda _body: ("aa{sv}", ([port, broken],))
+    shown = programs("vmsilo", "status", "banking").stdout.decode()
+    counted = f"{1 << 40} bytes received, 12 sent, 3 packets denied"
+    assert f"\nnetwork wan (banking-0): up, {counted}\n" in shown
+    assert f"\nnetwork lan (banking-0): broken, {counted}; no" in shown
+    assert "\x1b[31m" not in shown
+    told = json.loads(programs("vmsilo", "status", "--json", "banking").stdout)
+    assert [each["Received"] for each in told["Network"]] == [1 << 40, 1 << 40]
+    assert ("GetNetwork", ("banking",)) in daemon.calls
+
+
 def test_other_programs_are_executed(programs: Programs, tmp_path: Path) -> None:
     library = tmp_path / "lib" / "bin"
     library.mkdir(parents=True)

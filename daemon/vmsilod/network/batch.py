@@ -132,6 +132,7 @@ class _Batch:
         self._running = running
         self._faults = faults
         self._sight = look(links)
+        self._changed = False
 
     def make_taps(self) -> bool:
         """Remove what should not be there and make what is missing, down; whether anything was made."""
@@ -140,7 +141,8 @@ class _Batch:
         for first in range(0, len(missing), CHUNK):
             self._make(missing[first : first + CHUNK])
         for port in self._ports:
-            if port.tap in self._faults:
+            # One that is up as it should be was restrained before it was.
+            if port.tap in self._faults or not judge(self._sight, port):
                 continue
             try:
                 forwarding.restrain_tap(port.tap, ipv6=any(a.version == 6 for a in port.host_addresses))
@@ -169,7 +171,8 @@ class _Batch:
 
     def judge(self) -> dict[str, str]:
         """Read back what has become of it; what is not as it should be is closed."""
-        self._sight = look(self._links)
+        if self._changed:
+            self._sight = look(self._links)
         found = {port.tap: fault for port in self._ports if (fault := judge(self._sight, port))}
         for port in self._ports:
             if port.tap in found:
@@ -244,6 +247,7 @@ class _Batch:
     def _configure(self, port: Port, link: Link) -> None:
         addresses = self._sight.addresses.get(link.index, frozenset())
         wanted = frozenset(port.host_addresses)
+        self._changed = self._changed or bool(judge(self._sight, port))
         for address in addresses - wanted:
             self._links.remove_address(link.index, address)
         self._join(port, link)

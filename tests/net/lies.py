@@ -142,6 +142,15 @@ LIED = (
     Lie(
         "router's question behind options", "nd", packets.behind_options(packets.icmp6(LINK, 133, bytes(4)))
     ),
+    *(
+        # Bytes behind the packet that look like the option where one would be without the extension header.
+        Lie(f"{what} behind options, with a trailer", "nd", packets.behind_options(frame) + option)
+        for what, frame, option in (
+            ("ND question", packets.solicit(HERE6, HOST6, b""), packets.nd_option(1, A.mac)),
+            ("ND claim", packets.advertise(HERE6, OWN6, b""), packets.nd_option(2, A.mac)),
+            ("router's question", packets.icmp6(LINK, 133, bytes(4)), packets.nd_option(1, A.mac)),
+        )
+    ),
     Lie("router advertisement", "router", packets.router_advertisement(LINK)),
     Lie("router advertisement from its own address", "router", packets.router_advertisement(HERE6)),
     Lie("router advertisement in a fragment", "nd", packets.fragmented(packets.router_advertisement(LINK))),

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
     from hosts.container import Container
 
-# By its position the first would be eth1 and the second eth0.
+# By its position the first would be eth0 and the second eth1.
 PORTS = (
     Port(
         vm="nets",
-        interface="eth0",
+        interface="eth1",
         tap="nets-0",
         mac="52:54:00:00:00:01",
         host_addresses=(ip_interface("10.0.2.2/24"),),
@@ -31,7 +31,7 @@ PORTS = (
         routes=(Route(ip_network("0.0.0.0/0"), "10.0.2.2"), Route(ip_network("::/0"), "fd00:2::2")),
         nameservers=("10.0.2.3",),
     ),
-    Port(vm="nets", interface="eth1", tap="nets-1", mac="52:54:00:00:00:02", bridge="br0", dhcp=True),
+    Port(vm="nets", interface="eth0", tap="nets-1", mac="52:54:00:00:00:02", bridge="br0", dhcp=True),
 )
 ARGUMENTS = (
     *("-netdev", "user,id=net0,ipv6-prefix=fd00:2::,ipv6-host=fd00:2::2"),
@@ -42,7 +42,8 @@ ARGUMENTS = (
 UNIT = "vmsilo-nets-vm.service"
 # QEMU asks the name server of its own network namespace, where only this is.
 NAME_SERVER = """
-import socket
+import os, socket, sys, threading
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
 s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 s.bind(("127.0.0.1", 53))
 print("up", flush=True)
@@ -85,18 +86,20 @@ def nets(host: Container) -> Iterator[Container]:
         f"kernel_params = {json.dumps(names)}\n"
         f'[qemu]\nmachine = "microvm"\nextra_args = {json.dumps(ARGUMENTS)}\n',
     )
-    host.run("systemctl daemon-reload && vmsilo reload")
+    host.run("systemctl daemon-reload")
+    host.wait_until("test -S /run/vmsilo/nets-command.socket")
     yield host
     host.run("vm-stop --force nets", check=False)
     host.run(f"rm -r /etc/vmsilo/vms.d/nets.toml /etc/systemd/system/{UNIT}.d /var/lib/initrd-nets")
-    host.run("systemctl daemon-reload && vmsilo reload")
+    host.run("systemctl daemon-reload")
+    host.wait_until("test ! -e /run/vmsilo/nets-command.socket")
 
 
 def test_the_first_command_finds_addresses_of_every_kind_and_no_advertised_ones(nets: Container) -> None:
     addresses = addresses_of(nets)
-    assert addresses["eth0"] == {"10.0.2.77/24", "fd00:2::77/64", "fe80::5054:ff:fe00:1/64"}
-    assert addresses["eth1"] == {"10.0.3.55/24"}
-    assert addresses.keys() == {"lo", "eth0", "eth1"}
+    assert addresses["eth1"] == {"10.0.2.77/24", "fd00:2::77/64", "fe80::5054:ff:fe00:1/64"}
+    assert addresses["eth0"] == {"10.0.3.55/24"}
+    assert addresses.keys() == {"lo", "eth1", "eth0"}
 
 
 def test_names_are_right_before_systemd_starts(nets: Container) -> None:
@@ -108,7 +111,7 @@ def test_names_are_right_before_systemd_starts(nets: Container) -> None:
 
 
 def test_packets_pass(nets: Container) -> None:
-    routes: list[dict[str, Any]] = json.loads(in_nets(nets, "ip -j route show default dev eth0"))
+    routes: list[dict[str, Any]] = json.loads(in_nets(nets, "ip -j route show default dev eth1"))
     assert [route["gateway"] for route in routes] == ["10.0.2.2"]
     for gateway in ("10.0.2.2", "10.0.3.2"):
         ping = nets.run(["vm-run", "--root", "nets", "busybox", "ping", "-c1", gateway], user="user")
@@ -118,15 +121,16 @@ def test_packets_pass(nets: Container) -> None:
 def test_names_are_looked_up(nets: Container) -> None:
     pid = nets.run(["systemctl", "show", "-P", "MainPID", UNIT]).stdout.strip()
     server = nets.popen(
-        ["nsenter", "-t", pid, "-n", "python3", "-c", NAME_SERVER], stdout=subprocess.PIPE, stderr=None
+        ["nsenter", "-t", pid, "-n", "python3", "-c", NAME_SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     assert server.stdout is not None
     try:
         assert server.stdout.readline() == b"up\n"
         assert in_nets(nets, "getent ahostsv4 vmsilo.example").split()[0] == "192.0.2.7"
     finally:
-        server.kill()
-        server.communicate()
+        server.communicate()  # its input ends, and so does it
 
 
 def test_an_offline_guest_runs_nothing_for_networks(demo: Container) -> None:

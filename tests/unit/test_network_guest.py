@@ -119,6 +119,8 @@ def test_dhcp_brings_addresses_and_name_servers_and_tells_nothing_of_the_vm() ->
 def test_configured_name_servers_are_the_only_ones() -> None:
     port = replace(LAN, nameservers=("1.1.1.1",))
     assert value_of(network_of(port), "DHCPv4", "UseDNS") == "no"
+    beside = plan_guest_files([WAN, replace(LAN, vm="banking")])["network/10-vmsilo-lan.network"]
+    assert value_of(beside, "DHCPv4", "UseDNS") == "no"
 
 
 def test_default_routes_of_two_dhcp_interfaces_differ() -> None:

@@ -31,6 +31,7 @@ def plan_ifnames(ports: Sequence[Port]) -> tuple[tuple[str, str], ...]:
 def plan_guest_files(ports: Sequence[Port]) -> dict[str, str]:
     """Path below /run/systemd -> text; nothing for a VM without interfaces."""
     files: dict[str, str] = {}
+    nameservers = tuple(dict.fromkeys(str(ip_address(n)) for port in ports for n in port.nameservers))
     for index, port in enumerate(ports):
         files[f"network/10-vmsilo-{port.interface}.link"] = _join(
             ["[Match]", f"PermanentMACAddress={port.mac}"], ["[Link]", f"Name={port.interface}"]
@@ -39,13 +40,12 @@ def plan_guest_files(ports: Sequence[Port]) -> dict[str, str]:
             ["[Match]", f"PermanentMACAddress={port.mac}"],
             ["[Link]", f"RequiredForOnline={_online_state(port)}"],
             _plan_network(port),
-            *([_plan_dhcp(port, index)] if port.dhcp else []),
+            *([_plan_dhcp(index, use_dns=not nameservers)] if port.dhcp else []),
             *_plan_addresses(port),
             *(_plan_route(route, port) for route in port.routes),
         )
     if any(port.served for port in ports):
         files[ROUTER] = _join(["[Network]", "IPv4Forwarding=yes", "IPv6Forwarding=yes"])
-    nameservers = tuple(dict.fromkeys(str(ip_address(n)) for port in ports for n in port.nameservers))
     if nameservers or any(port.dhcp for port in ports):
         files[RESOLVED] = _join(_plan_resolver(nameservers))
     return files
@@ -78,7 +78,7 @@ def _plan_network(port: Port) -> Lines:
     ]
 
 
-def _plan_dhcp(port: Port, index: int) -> Lines:
+def _plan_dhcp(index: int, *, use_dns: bool) -> Lines:
     return [
         "[DHCPv4]",
         # The machine ID, of which the default is made, is a new one at each boot.
@@ -86,7 +86,7 @@ def _plan_dhcp(port: Port, index: int) -> Lines:
         "SendHostname=no",
         "UseHostname=no",
         "UseNTP=no",
-        f"UseDNS={'no' if port.nameservers else 'yes'}",
+        f"UseDNS={'yes' if use_dns else 'no'}",
         f"RouteMetric={DHCP_METRIC + index}",
     ]
 

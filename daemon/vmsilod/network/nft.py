@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from ipaddress import ip_network
 from typing import TYPE_CHECKING, Any
 
-from pyroute2 import IPRoute
-
 from vmsilod.errors import Failed
 from vmsilod.network.frame_rules import LIES
 from vmsilod.network.rule_text import quoted
@@ -50,6 +48,8 @@ class Count:
 def look_around(plan: NetworkPlan) -> Surroundings:
     """The interfaces that exist, and the networks that the host is in by those that are not VMs'."""
     devices = frozenset(name for _, name in socket.if_nameindex())
+    from pyroute2 import IPRoute  # late, as in links.py
+
     taps = {port.tap for port in ports_of(plan)}
     nearby: set[Network] = set()
     try:

@@ -19,6 +19,7 @@ from vmsilod import loop, ssh_login
 from vmsilod.bus.views import Reloaded, VmRemoved, printable
 from vmsilod.errors import Busy, ConfigBroken, Denied, Failed, NotRunning, StartFailed, Timeout, VmsiloError
 from vmsilod.host import find_uid
+from vmsilod.hotplug import attach_interface, detach_interface
 from vmsilod.memory import read_memory, resize_memory
 from vmsilod.spawning import send_frame, spawn_frame
 from vmsilod.systemd import INACTIVE
@@ -152,6 +153,18 @@ class Lifecycle:
 
     async def read_network(self, name: str) -> list[NetworkView]:
         return await self._network.find_views(self._registry.require(name).name)
+
+    async def attach_interface(self, name: str, interface: str) -> None:
+        vm = self._registry.require(name)
+        await attach_interface(vm, self._network, self._runs.relay, interface)
+        self.changed(vm)
+
+    async def detach_interface(self, name: str, interface: str) -> None:
+        vm = self._registry.require(name)
+        try:
+            await detach_interface(vm, self._network, interface)
+        finally:
+            self.changed(vm)
 
     async def open_ssh(self, request: SshRequest) -> tuple[int, int, str, str]:
         """What a login by ssh needs: connection and private key (descriptors), the login, the host key."""

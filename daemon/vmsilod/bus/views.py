@@ -136,6 +136,12 @@ class Domain(Protocol):
     async def read_network(self, name: str) -> Sequence[NetworkView]:
         """In the order of the VM's configuration; nothing for an offline VM."""
 
+    async def attach_interface(self, name: str, interface: str) -> None:
+        """A VM that runs gets an interface that its file has."""
+
+    async def detach_interface(self, name: str, interface: str) -> None:
+        """A VM that runs has it no more, until it is attached again or the VM is started anew."""
+
     async def open_ssh(self, request: SshRequest) -> tuple[int, int, str, str]:
         """A descriptor connected to the guest's sshd and one of the login's private key, both the caller's
         to close; the login's name; the guest's public host key."""

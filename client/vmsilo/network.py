@@ -1,4 +1,4 @@
-"""vmsilo network: the network interfaces of a VM, given to it and taken away while it runs. One D-Bus call each."""
+"""vmsilo network: interfaces of a VM, given to it and taken away while it runs. One D-Bus call each."""
 
 import os
 
@@ -18,7 +18,8 @@ Usage: vmsilo network list [--json] VM
        vmsilo network attach VM INTERFACE
        vmsilo network detach VM INTERFACE
 
-  list    the TAPs of a VM: state, bytes, packets that its rules denied
+  list    the TAPs of a VM: state, bytes, packets that its rules denied; "detached": the file has
+          the interface and the running VM has it not
   attach  give a running VM an interface that was added to its file, or that it was detached from
   detach  take an interface away from a running VM; a restart of the VM gives it what its file says
 
@@ -75,11 +76,8 @@ def _show(ports: "list[dict[str, Any]]", name: str, *, as_json: bool) -> None:
 def _row(port: "dict[str, Any]") -> tuple[str, ...]:
     texts = (printable(port.get(key) or "-", 20) for key in ("Interface", "Tap", "Mac", "State"))
     numbers = (str(port.get(key) or 0) for key in ("Received", "Sent", "Denied"))
-    return (
-        *texts,
-        *(printable(number, 20) for number in numbers),
-        printable(port.get("Problem") or "", 200),
-    )
+    note = printable(port.get("Problem") or "", 200)
+    return (*texts, *(printable(number, 20) for number in numbers), note)
 
 
 def _print(text: str) -> None:

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 
 from vmsilod import loop
 from vmsilod.bus.requests import RunRequest
+from vmsilod.bus.views import NetworkView
 from vmsilod.config.model import VmConfig
 from vmsilod.config.network_claims import claims_of, describe, find_conflicts
 from vmsilod.errors import BadRequest, Busy, ConfigBroken, NotRunning, VmsiloError
 from vmsilod.interfaces import open_vhost
 from vmsilod.network.guest import plan_guest_files
-from vmsilod.network.names import derive_tap
+from vmsilod.network.names import derive_mac, derive_tap
 from vmsilod.resources import record as records
 from vmsilod.resources import rundir
 from vmsilod.spawning import send_frame, spawn_frame
@@ -111,6 +112,19 @@ async def detach_interface(vm: Vm, pool: NetworkPool, interface: str) -> None:
         log.info("VM %s: interface %s detached", vm.name, interface)
 
 
+def find_detached(vm: Vm) -> list[NetworkView]:
+    """What a VM that runs has in its file and could be given."""
+    started = vm.started
+    if vm.config is None or started is None or not vm.is_up:
+        return []
+    taps = _find_taps(vm.config)
+    return [
+        NetworkView(name, taps[name], options.mac_address or derive_mac(vm.name, name), "detached")
+        for name, options in vm.config.network.interfaces.items()
+        if name not in started.network.interfaces
+    ]
+
+
 def add_interface(started: VmConfig, configured: VmConfig, interface: str) -> VmConfig:
     """What a VM has that was started with one configuration and gets an interface of another: all else, the
     TAPs of the others included, stays as it is. Pure. Raises BadRequest or Busy.
@@ -129,8 +143,17 @@ def add_interface(started: VmConfig, configured: VmConfig, interface: str) -> Vm
     # In the order of the file: a restart would change nothing then, and none is asked for.
     names = [name for name in new if name in old or name == interface]
     names += [name for name in old if name not in new]
-    taps = _find_taps(started) | {interface: _find_taps(configured)[interface]}
-    merged = _with_interfaces(started, {name: old.get(name) or new[interface] for name in names}, taps)
+    taps, named = _find_taps(started), _find_taps(configured)
+    taps[interface] = named[interface]
+    words = {name: new[name] for name in names if name in new and taps[name] == named[name]}
+    chosen = {
+        # Also where the file leaves the name of its TAP open, and here it was written down.
+        name: words[name]
+        if name == interface or (name in words and _alike(old[name], words[name]))
+        else old[name]
+        for name in names
+    }
+    merged = _with_interfaces(started, chosen, taps)
     for first, second in find_conflicts(claims_of(merged.name, merged.network)):
         taken = first if second.interface == interface else second
         raise Busy(
@@ -144,6 +167,12 @@ def remove_interface(started: VmConfig, interface: str) -> VmConfig:
     """Pure. The TAPs of the others keep their names."""
     left = {name: options for name, options in started.network.interfaces.items() if name != interface}
     return _with_interfaces(started, left, _find_taps(started))
+
+
+def _alike(one: InterfaceOptions, other: InterfaceOptions) -> bool:
+    """But for the name of the TAP."""
+    tap = one.tap.model_copy(update={"name": other.tap.name})
+    return one.model_copy(update={"tap": tap}) == other
 
 
 def _find_taps(config: VmConfig) -> dict[str, str]:

@@ -19,7 +19,7 @@ from vmsilod import loop, ssh_login
 from vmsilod.bus.views import Reloaded, VmRemoved, printable
 from vmsilod.errors import Busy, ConfigBroken, Denied, Failed, NotRunning, StartFailed, Timeout, VmsiloError
 from vmsilod.host import find_uid
-from vmsilod.hotplug import attach_interface, detach_interface
+from vmsilod.hotplug import attach_interface, detach_interface, find_detached
 from vmsilod.memory import read_memory, resize_memory
 from vmsilod.spawning import send_frame, spawn_frame
 from vmsilod.systemd import INACTIVE
@@ -152,7 +152,10 @@ class Lifecycle:
         return await resize_memory(self._registry.require(name), size)
 
     async def read_network(self, name: str) -> list[NetworkView]:
-        return await self._network.find_views(self._registry.require(name).name)
+        detached = find_detached(self._registry.require(name))
+        # What the file gave to a VM that runs without any interface has its TAP already.
+        views = await self._network.find_views(name)
+        return [view for view in views if view.interface not in {d.interface for d in detached}] + detached
 
     async def attach_interface(self, name: str, interface: str) -> None:
         vm = self._registry.require(name)

@@ -67,8 +67,8 @@ class UsbView:
 @dataclass(frozen=True)
 class NetworkView:
     """A VM's interface and its TAP on the host. `received` and `sent` are bytes as the VM sees them; `state`
-    is up (the VM has it open), idle (nobody has) or broken, with `problem` for people. `denied` counts
-    packets of the VM that the rules refused.
+    is up (the VM has it open), idle (nobody has), detached (a running VM could be given it) or broken, with
+    `problem` for people. `denied` counts packets of the VM that the rules refused.
     """
 
     interface: str

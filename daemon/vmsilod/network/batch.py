@@ -218,7 +218,7 @@ class _Batch:
             return
         fact = "is no part of its configuration" if port is None else "is not as vmsilo made it"
         log.error("VM %s: its TAP '%s' %s; it is down", owner_of(link), link.name, fact)
-        self._faults[link.name] = f"the TAP '{link.name}' is not as vmsilo made it"
+        self._faults[link.name] = f"the TAP '{link.name}' {fact}"
         if link.up:
             self._links.set_state(link.index, up=False)
 

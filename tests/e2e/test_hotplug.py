@@ -27,6 +27,7 @@ LAN = """\
 tap.host_address = "10.91.0.1/24"
 addresses = ["10.91.0.2/24"]
 """
+RELOAD = "busctl call org.vmsilo1 /org/vmsilo1 org.vmsilo1.Manager Reload"
 
 
 @pytest.fixture
@@ -35,10 +36,10 @@ def plug(host: Container) -> Iterator[Container]:
     if host.run("test -c /dev/net/tun", check=False).returncode:
         pytest.skip("no /dev/net/tun in the container")
     host.write(FILE, WAN)
-    host.run("vmsilo reload")
+    host.run(RELOAD)
     host.run(["vm-start", "plug", "--wait"], user="user")
     host.write(FILE, WAN + LAN)
-    host.run("vmsilo reload")
+    host.run(RELOAD)
     yield host
     host.run("vm-stop --force plug", check=False)
     host.run(["rm", FILE])

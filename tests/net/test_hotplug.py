@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
+from net.networks import ProcessHolders
 from pool_tools import applied, ip, nft, pool_at, require_workers_here, run, taps_there, vm
 from qmp_server import QmpServer
 from vmsilod import hotplug
 from vmsilod.config.model import VmConfig
 from vmsilod.errors import BadRequest, Busy, Failed, NotRunning, StartFailed
 from vmsilod.hotplug import attach_interface, detach_interface, find_detached
+from vmsilod.network.macvtap import find_owners
+from vmsilod.network.pool import NetworkPool
+from vmsilod.network.switch import Switches
 from vmsilod.registry import Vm
 from vmsilod.relay_client import RelayClient
 from vmsilod.resources import record as records
@@ -23,14 +28,12 @@ from vmsilod.vmm.errors import MonitorRefused, MonitorTimeout
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from vmsilod.network.pool import NetworkPool
 
-
-def with_lan(config: VmConfig, **lan: object) -> VmConfig:
-    """The same with a second interface in its file."""
+def with_lan(config: VmConfig, name: str = "lan", /, **lan: object) -> VmConfig:
+    """The same with one more interface in its file."""
     content = config.model_dump()
     addresses = {"addresses": ["10.77.0.2/24"], "tap": {"host_address": "10.77.0.1/24"}}
-    content["network"]["interfaces"]["lan"] = addresses | lan
+    content["network"]["interfaces"][name] = addresses | lan
     return VmConfig.model_validate(content)
 
 
@@ -205,6 +208,47 @@ def test_a_restarted_daemon_knows_what_was_attached(pool: NetworkPool, path: Pat
         applied(again, vm(1))  # and its file has it no more
         assert "LOWER_UP" in ip("link", "show", "vm1-1")
         assert "vm1-1" in nft("list", "chains", "netdev")
+    desk.end()
+
+
+def test_a_macvtap_comes_and_goes_and_the_others_stay(pool: NetworkPool, path: Path) -> None:
+    ip("link", "add", "phys", "type", "veth", "peer", "name", "far")
+    lan = {"type": "macvtap", "macvtap": {"link": "phys"}, "tap": {}, "addresses": []}
+    desk = Desk(pool, path, **lan)
+    desk.vm.config = with_lan(desk.file, "dmz", **lan)
+    applied(pool, desk.vm.config)
+    with QmpServer(monitor_of(path)) as qemu:
+        qemu.ports["netport2"] = ""
+        desk.attach("lan")
+        desk.attach("dmz")
+        assert "vmsilo-macvtap-vm1-2" in nft("list", "tables")
+        desk.detach("lan")
+        assert taps_there() == {"phys", "far", "vm1-0", "vm1-2"}
+        assert "vmsilo-macvtap-vm1-1" not in nft("list", "tables")
+        ip("link", "del", "phys")
+        with pytest.raises(StartFailed, match="no network interface 'phys'"):
+            desk.attach("lan")
+        assert not find_owners()  # the kernel took the other one with its link
+        desk.detach("dmz")
+    desk.end()
+
+
+def test_a_port_of_a_vm_to_vm_network_comes_and_goes(path: Path) -> None:
+    require_workers_here()
+    holders = ProcessHolders()
+    network = {"type": "vm-switch", "vm_network": {"name": "inner"}, "tap": {}}
+    desk = Desk(NetworkPool(Switches(holders), path / "lent"), path, **network)
+    assert not holders.processes
+    with QmpServer(monitor_of(path)):
+        desk.attach()
+        inside = ("nsenter", "-n", "-t", str(holders.processes["inner"].pid), "ip", "-o", "link")
+        shown = subprocess.run(inside, capture_output=True, text=True, check=True).stdout
+        assert any("vm1-1" in line and "LOWER_UP" in line for line in shown.splitlines())
+        desk.detach()
+        assert not holders.processes
+    assert taps_there() == {"vm1-0"}
+    desk.vm.config = vm(1)
+    applied(desk.pool, vm(1))
     desk.end()
 
 

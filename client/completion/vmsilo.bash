@@ -68,7 +68,7 @@ _vmsilo_vm() {
 
 _vmsilo_vmsilo() {
     if ((COMP_CWORD == 1)); then
-        _vmsilo_words 'list status memory check image pci usb version help'
+        _vmsilo_words 'list status memory check image pci usb network version help'
     elif [[ ${COMP_WORDS[1]} == pci && COMP_CWORD -eq 2 ]]; then
         _vmsilo_words 'list claim release'
     elif [[ ${COMP_WORDS[COMP_CWORD]} == -* ]]; then
@@ -77,6 +77,11 @@ _vmsilo_vmsilo() {
         _vmsilo_words "$(_vmsilo_names)"
     elif [[ ${COMP_WORDS[1]} == usb ]]; then
         _vmsilo_usb
+    elif [[ ${COMP_WORDS[1]} == network ]]; then
+        case $COMP_CWORD in
+            2) _vmsilo_words 'list attach detach' ;;
+            3) _vmsilo_words "$(_vmsilo_names)" ;;
+        esac
     fi
 }
 

@@ -23,6 +23,7 @@ Usage: vmsilo COMMAND [ARGUMENT]...
   image ...               build and list images; see vmsilo image --help
   pci ...                 the PCI devices of the host; see vmsilo pci --help
   usb ...                 USB devices of this computer in VMs; see vmsilo usb --help
+  network ...             interfaces of running VMs; see vmsilo network --help
   version                 print the version
   help                    this text
 
@@ -55,6 +56,10 @@ def main(argv: list[str], place: Place) -> int:
         from vmsilo.usb import main as main_usb
 
         return main_usb(arguments, place)
+    if command == "network":
+        from vmsilo.network import main as main_network
+
+        return main_network(arguments, place)
     if command not in ("list", "status"):
         raise UsageError(f"unknown command '{printable(command, 60)}'", "vmsilo help")
     options, rest = parse_options(arguments, ("--json", "--help", "-h"), ())

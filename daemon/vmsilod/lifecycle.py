@@ -19,6 +19,7 @@ from vmsilod import loop, ssh_login
 from vmsilod.bus.views import Reloaded, VmRemoved, printable
 from vmsilod.errors import Busy, ConfigBroken, Denied, Failed, NotRunning, StartFailed, Timeout, VmsiloError
 from vmsilod.host import find_uid
+from vmsilod.hotplug import attach_interface, detach_interface, find_detached
 from vmsilod.memory import read_memory, resize_memory
 from vmsilod.spawning import send_frame, spawn_frame
 from vmsilod.systemd import INACTIVE
@@ -151,7 +152,22 @@ class Lifecycle:
         return await resize_memory(self._registry.require(name), size)
 
     async def read_network(self, name: str) -> list[NetworkView]:
-        return await self._network.find_views(self._registry.require(name).name)
+        detached = find_detached(self._registry.require(name))
+        # What the file gave to a VM that runs without any interface has its TAP already.
+        views = await self._network.find_views(name)
+        return [view for view in views if view.interface not in {d.interface for d in detached}] + detached
+
+    async def attach_interface(self, name: str, interface: str) -> None:
+        vm = self._registry.require(name)
+        await attach_interface(vm, self._network, self._runs.relay, interface)
+        self.changed(vm)
+
+    async def detach_interface(self, name: str, interface: str) -> None:
+        vm = self._registry.require(name)
+        try:
+            await detach_interface(vm, self._network, interface)
+        finally:
+            self.changed(vm)
 
     async def open_ssh(self, request: SshRequest) -> tuple[int, int, str, str]:
         """What a login by ssh needs: connection and private key (descriptors), the login, the host key."""

@@ -70,6 +70,7 @@ class VmsInMemory:
         self.usb = UsbInMemory(self)
         self.views = {name: VmView(name, "stopped", memory=512, color="red") for name in ORDINARY}
         self.views |= {name: VmView(name, "stopped", status="a\x1b[31m\udc80b") for name in FAILURES}
+        self.attached: set[str] = set()
         self.pci: dict[str, str] = {"0000:01:00.0": "banking"}
         self.callbacks: list[Callable[[Change], None]] = []
 
@@ -112,6 +113,16 @@ class VmsInMemory:
     async def read_network(self, name: str) -> Sequence[NetworkView]:
         self.find(name)
         return [NetworkView("eth0", f"{name}-0", "02:00:00:00:00:01", "up", received=1 << 40, denied=3)]
+
+    async def attach_interface(self, name: str, interface: str) -> None:
+        self.find(name)
+        if interface != "lan" or interface in self.attached:
+            raise BadRequest("no such interface, or it is there already")
+        self.attached.add(interface)
+
+    async def detach_interface(self, name: str, interface: str) -> None:
+        self.find(name)
+        self.attached.remove(interface)
 
     async def open_ssh(self, request: SshRequest) -> tuple[int, int, str, str]:
         """The stream tells what was asked for."""

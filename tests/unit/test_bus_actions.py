@@ -94,6 +94,14 @@ def test_ssh_needs_what_a_command_of_the_same_login_needs() -> None:
         classify(Message(VM_INTERFACE, "OpenSsh", "work", ({"root": "yes"},)))
 
 
+@pytest.mark.parametrize("method", ["AttachInterface", "DetachInterface"])
+def test_whoever_is_asked_hears_of_which_vm_and_interface(method: str) -> None:
+    need = classify(Message(MANAGER_INTERFACE, method, None, ("work", "lan")))
+    assert need == classify(Message(VM_INTERFACE, method, "work", ("lan",)))
+    assert need.actions == ("org.vmsilo1.manage-devices",)
+    assert need.details == {"vm": "work", "device": "lan"}
+
+
 def test_properties_cannot_be_written() -> None:
     assert {prop.attrib["access"] for prop in INTERFACE.iter("property")} == {"read"}
 

@@ -1,4 +1,4 @@
-"""vmsilo usb and vmsilo memory, against a stand-in for vmsilod on a bus of the tests' own."""
+"""vmsilo usb, network and memory, against a stand-in for vmsilod on a bus of the tests' own."""
 
 import json
 from collections.abc import Iterator
@@ -102,6 +102,52 @@ def test_wrong_usb_orders_are_refused(
     done = programs("vmsilo", "usb", *argv)
     assert done.returncode == status
     assert text in done.stderr
+
+
+# vmsilo network
+
+
+def test_interfaces_are_listed_and_harmless(programs: Programs, daemon: FakeDaemon) -> None:
+    port = {
+        **{"Interface": ("s", "wan"), "Tap": ("s", "banking-0"), "Mac": ("s", "02:00:00:00:00:01")},
+        **{"State": ("s", "up"), "Problem": ("s", ""), "Received": ("t", 9), "Denied": ("t", 3)},
+    }
+    lan = {"Interface": ("s", "lan"), "State": ("s", "detached"), "Problem": ("s", "\x1b[31mno")}
+    daemon.answers["GetNetwork"] = lambda _body: ("aa{sv}", ([port, lan],))
+    done = programs("vmsilo", "network", "list", "banking")
+    assert done.returncode == 0
+    _, first, second = done.stdout.decode().splitlines()
+    assert first.split() == ["wan", "banking-0", "02:00:00:00:00:01", "up", "9", "0", "3"]
+    assert second.split()[:4] == ["lan", "-", "-", "detached"]
+    assert b"\x1b" not in done.stdout
+    listed = json.loads(programs("vmsilo", "network", "list", "--json", "banking").stdout)
+    assert [each["State"] for each in listed] == ["up", "detached"]
+
+
+def test_interface_orders_reach_the_daemon(programs: Programs, daemon: FakeDaemon) -> None:
+    for command in ("attach", "detach"):
+        done = programs("vmsilo", "network", command, "banking", "lan")
+        assert (done.returncode, done.stderr) == (0, b"")
+    assert daemon.calls == [("AttachInterface", ("banking", "lan")), ("DetachInterface", ("banking", "lan"))]
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "text"),
+    [
+        (("attach", "banking"), 2, b"wrong number"),
+        (("list",), 2, b"wrong number"),
+        (("explode", "banking"), 2, b"unknown command"),
+        (("attach", "bankin", "lan"), 1, b"did you mean 'banking'"),
+        (("detach", "--json", "banking", "lan"), 2, b"takes no --json"),
+    ],
+)
+def test_wrong_interface_orders_are_refused(
+    programs: Programs, daemon: FakeDaemon, argv: tuple[str, ...], status: int, text: bytes
+) -> None:
+    done = programs("vmsilo", "network", *argv)
+    assert done.returncode == status
+    assert text in done.stderr
+    assert not daemon.calls
 
 
 # vmsilo memory

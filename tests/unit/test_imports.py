@@ -41,7 +41,7 @@ LAYERS = (
         *("vmsilod.spawning", "vmsilod.ssh_login", "vmsilod.vm_view", "vmsilod.publication"),
         "vmsilod.endings",
     },
-    {"vmsilod.usb"},
+    {"vmsilod.usb", "vmsilod.hotplug"},
     {"vmsilod.holders", "vmsilod.forwards"},
     {"vmsilod.runs"},
     {"vmsilod.lifecycle"},

@@ -91,6 +91,14 @@ def test_a_qemu_without_a_free_port_says_why(path: Path, net: NetDevice) -> None
         assert not qemu.named
 
 
+def test_a_microvm_keeps_its_interface_and_the_link_of_it(path: Path, net: NetDevice) -> None:
+    with QmpServer(path) as qemu:
+        qemu.ports = {}
+        with pytest.raises(MonitorRefused, match="no port"):
+            QemuMonitor(path).detach_net(net.id)
+        assert not qemu.cut
+
+
 def test_a_guest_of_qemu_that_keeps_an_interface_is_cut_off_all_the_same(path: Path, net: NetDevice) -> None:
     with QmpServer(path, silent=True) as qemu:
         QemuMonitor(path).attach_net(net)

@@ -111,6 +111,12 @@ def _of_usb(message: Message) -> Need:
     return Need((MANAGE_DEVICES,), {**vm, "device": describe_command([address])})
 
 
+def _of_interface(message: Message) -> Need:
+    *name, interface = message.arguments
+    vm = check_name(name[0]) if message.vm is None else message.vm
+    return Need((MANAGE_DEVICES,), {"vm": vm, "device": describe_command([interface])})
+
+
 _TABLE: dict[tuple[str, str], Callable[[Message], Need]] = {
     (PROPERTIES_INTERFACE, "Get"): _of_all(VIEW),
     (PROPERTIES_INTERFACE, "GetAll"): _of_all(VIEW),
@@ -126,6 +132,8 @@ _TABLE: dict[tuple[str, str], Callable[[Message], Need]] = {
     (MANAGER_INTERFACE, "GetMemory"): _of_named(VIEW),
     (MANAGER_INTERFACE, "SetMemory"): _of_named(START),
     (MANAGER_INTERFACE, "GetNetwork"): _of_named(VIEW),
+    (MANAGER_INTERFACE, "AttachInterface"): _of_interface,
+    (MANAGER_INTERFACE, "DetachInterface"): _of_interface,
     (MANAGER_INTERFACE, "OpenSsh"): _of_ssh,
     (MANAGER_INTERFACE, "StartDebug"): _of_named(DEBUG),
     (MANAGER_INTERFACE, "ListPci"): _of_all(VIEW),
@@ -143,5 +151,7 @@ _TABLE: dict[tuple[str, str], Callable[[Message], Need]] = {
     (VM_INTERFACE, "GetMemory"): _of_all(VIEW),
     (VM_INTERFACE, "SetMemory"): _of_all(START),
     (VM_INTERFACE, "GetNetwork"): _of_all(VIEW),
+    (VM_INTERFACE, "AttachInterface"): _of_interface,
+    (VM_INTERFACE, "DetachInterface"): _of_interface,
     (VM_INTERFACE, "OpenSsh"): _of_ssh,
 }

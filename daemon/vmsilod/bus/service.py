@@ -95,6 +95,12 @@ class VmObject:
     async def GetNetwork(self, _call: Call) -> list[dict[str, GLib.Variant]]:
         return [pack_network(view) for view in await self._domain.read_network(self._name)]
 
+    async def AttachInterface(self, _call: Call, interface: str) -> None:
+        await self._domain.attach_interface(self._name, interface)
+
+    async def DetachInterface(self, _call: Call, interface: str) -> None:
+        await self._domain.detach_interface(self._name, interface)
+
     async def SetMemory(self, _call: Call, size: int) -> dict[str, int]:
         return dict(await self._domain.resize_memory(self._name, size))
 
@@ -148,6 +154,12 @@ class RootObject:
 
     async def GetNetwork(self, _call: Call, name: str) -> list[dict[str, GLib.Variant]]:
         return [pack_network(view) for view in await self._domain.read_network(name)]
+
+    async def AttachInterface(self, _call: Call, name: str, interface: str) -> None:
+        await self._domain.attach_interface(name, interface)
+
+    async def DetachInterface(self, _call: Call, name: str, interface: str) -> None:
+        await self._domain.detach_interface(name, interface)
 
     async def SetMemory(self, _call: Call, name: str, size: int) -> dict[str, int]:
         return dict(await self._domain.resize_memory(name, size))

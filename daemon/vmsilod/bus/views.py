@@ -67,8 +67,8 @@ class UsbView:
 @dataclass(frozen=True)
 class NetworkView:
     """A VM's interface and its TAP on the host. `received` and `sent` are bytes as the VM sees them; `state`
-    is up (the VM has it open), idle (nobody has) or broken, with `problem` for people. `denied` counts
-    packets of the VM that the rules refused.
+    is up (the VM has it open), idle (nobody has), detached (a running VM could be given it) or broken, with
+    `problem` for people. `denied` counts packets of the VM that the rules refused.
     """
 
     interface: str
@@ -135,6 +135,12 @@ class Domain(Protocol):
 
     async def read_network(self, name: str) -> Sequence[NetworkView]:
         """In the order of the VM's configuration; nothing for an offline VM."""
+
+    async def attach_interface(self, name: str, interface: str) -> None:
+        """A VM that runs gets an interface that its file has."""
+
+    async def detach_interface(self, name: str, interface: str) -> None:
+        """A VM that runs has it no more, until it is attached again or the VM is started anew."""
 
     async def open_ssh(self, request: SshRequest) -> tuple[int, int, str, str]:
         """A descriptor connected to the guest's sshd and one of the login's private key, both the caller's

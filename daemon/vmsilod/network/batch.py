@@ -201,7 +201,7 @@ class _Batch:
             if not is_ours(link):
                 if port is not None:
                     self._faults[name] = judge(self._sight, port)
-            elif owner_of(link) in self._running:
+            elif owner_of(link) in self._running and not (port is None and not link.carrier):
                 self._keep_open(link, port)
             elif port is None or not fits(link, port):
                 doomed.append(link)
@@ -213,11 +213,12 @@ class _Batch:
                 self._faults[name] = f"the TAP '{name}' cannot be removed"
 
     def _keep_open(self, link: Link, port: Port | None) -> None:
-        """A running VM has it: what its VMM has changed closes it until the VM's end."""
+        """A running VM has it: what its VMM has changed, or not let go of, closes it until the VM's end."""
         if port is not None and fits(link, port):
             return
-        log.error("VM %s: its TAP '%s' is not as vmsilo made it; it is down", owner_of(link), link.name)
-        self._faults[link.name] = f"the TAP '{link.name}' is not as vmsilo made it"
+        fact = "is no part of its configuration" if port is None else "is not as vmsilo made it"
+        log.error("VM %s: its TAP '%s' %s; it is down", owner_of(link), link.name, fact)
+        self._faults[link.name] = f"the TAP '{link.name}' {fact}"
         if link.up:
             self._links.set_state(link.index, up=False)
 

@@ -54,10 +54,15 @@ def acquire(port: Port, install: Callable[[str], None]) -> list[int]:
             raise
 
 
-def release(vm: str) -> None:
-    """Remove every macvtap of a VM; none is no error."""
+def release(vm: str, interface: str = "") -> None:
+    """Remove every macvtap of a VM, or that of one interface; none is no error."""
+    wanted = f"{vm}:{interface}"
     with _open_netlink() as netlink:
-        for index in [index for index, owner in _find_ours(netlink) if owner == vm]:
+        for index in [
+            index
+            for index, owner, alias in _find_ours(netlink)
+            if (alias == wanted if interface else owner == vm)
+        ]:
             netlink.link("del", index=index)
 
 
@@ -78,7 +83,7 @@ def _in_group(path: Path) -> bool:
 def find_owners() -> set[str]:
     """The VMs that have macvtaps on this host."""
     with _open_netlink() as netlink:
-        return {owner for _, owner in _find_ours(netlink)}
+        return {owner for _, owner, _ in _find_ours(netlink)}
 
 
 def render_filter(port: Port) -> str:
@@ -189,12 +194,14 @@ def _open_queues(port: Port, index: int) -> list[int]:
     return fds
 
 
-def _find_ours(netlink: Any) -> Iterator[tuple[int, str]]:
+def _find_ours(netlink: Any) -> Iterator[tuple[int, str, str]]:
+    """Number, VM, VM:INTERFACE."""
     for link in netlink.get_links():
         info = link.get_attr("IFLA_LINKINFO")
         alias = link.get_attr("IFLA_IFALIAS") or ""
         if info and info.get_attr("IFLA_INFO_KIND") == "macvtap" and alias.startswith(ALIAS):
-            yield link["index"], alias.removeprefix(ALIAS).partition(":")[0]
+            name = alias.removeprefix(ALIAS)
+            yield link["index"], name.partition(":")[0], name
 
 
 @contextmanager

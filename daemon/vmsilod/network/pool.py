@@ -1,10 +1,10 @@
 """The TAPs of all VMs: made when the configuration is read, opened when a VM starts, gone with its
 configuration; and the rules around them, which nobody can take away for long.
 
-Built by main. Called by the publication (apply), by runs (open, close, repair) and by the lifecycle for the
-bus; the watch tells it of changes that others make. It runs on the GLib loop, one thing at a time; the work
-is the batch's, in the worker. What it has is also in the kernel and in the VMs' records: it may be killed at
-any moment. A VM whose TAPs or rules are not in place does not start.
+Built by main. Called by the publication (apply), by runs (open, close, repair), by hotplug (attach, detach)
+and by the lifecycle for the bus; the watch tells it of changes that others make. It runs on the GLib loop,
+one thing at a time; the work is the batch's, in the worker. What it has is also in the kernel and in the
+VMs' records: it may be killed at any moment. A VM whose TAPs or rules are not in place does not start.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vmsilod import loop
-from vmsilod.errors import StartFailed, VmsiloError
+from vmsilod.errors import Busy, Failed, StartFailed, VmsiloError
 from vmsilod.network import batch, installed, macvtap, nft, traffic
 from vmsilod.network.batch import Settled
 from vmsilod.network.forwarding import LENT_FILE
@@ -78,10 +78,11 @@ class NetworkPool:
             withheld = dict(self._plan.withheld)
             if not self.ports_of(vm) and vm not in withheld:
                 return []
-            if fault := withheld.get(vm, "") or await self._find_fault(vm):
+            if fault := withheld.get(vm, "") or await self._find_fault(self._host_ports_of(vm)):
                 # Once more, from the ground: what was in the way may be gone.
                 await self._settle()
-                fault = dict(self._plan.withheld).get(vm, "") or await self._find_fault(vm)
+                withheld = dict(self._plan.withheld)
+                fault = withheld.get(vm, "") or await self._find_fault(self._host_ports_of(vm))
             if fault:
                 raise StartFailed(f"the network of VM '{vm}' is not in place: {fault}", HINT)
             opened = await self._open_all(self.ports_of(vm))
@@ -102,6 +103,37 @@ class NetworkPool:
                 or await loop.in_worker(_are_changed, ports)
             ):
                 await self._settle()
+
+    async def attach(self, vm: str, config: VmConfig, interface: str) -> OpenPort:
+        """A VM that runs is to have this interface too: `config` is what it has from then on. Raises a
+        VmsiloError, and then all is as before.
+        """
+        async with self._lock:
+            before = dict(self._running)
+            self._running[vm] = config
+            try:
+                self._refuse_taken()
+                await self._settle()
+                (port,) = (port for port in self.ports_of(vm) if port.interface == interface)
+                fault = await self._find_fault([port] if port in host_ports(self._plan) else [])
+                if fault:
+                    raise Failed(f"interface '{interface}' of VM '{vm}' is not in place: {fault}", HINT)
+                (opened,) = await self._open_all([port])
+            except BaseException:
+                self._running = before
+                await self._settle()
+                raise
+            return opened
+
+    async def detach(self, vm: str, config: VmConfig, interface: str) -> None:
+        """A VM that runs has this interface no more: `config` is what it has left. Never fails. Where its
+        VMM has not let go of the TAP, that one is down until the VM's end.
+        """
+        async with self._lock:
+            self._running[vm] = config
+            gone = [port for port in self.ports_of(vm) if port.interface == interface]
+            await self._release_macvtaps(gone)
+            await self._settle()
 
     async def repair(self, running: Mapping[str, VmConfig | None]) -> None:
         """At start: the VMs that run, with what they were started with, as far as it is known."""
@@ -156,10 +188,16 @@ class NetworkPool:
             if ports and not await loop.in_worker(_is_as_settled, ports, self._settled):
                 await self._settle()
 
-    async def _find_fault(self, vm: str) -> str:
+    def _refuse_taken(self) -> None:
+        """Of two VMs that run the plan would leave one without any port."""
+        for vm, fact in self._make_plan().withheld:
+            if vm in self._running:
+                raise Busy(fact, "the one that runs has to stop first, or to be given something else")
+
+    async def _find_fault(self, ports: Sequence[Port]) -> str:
+        """Why these of the host's own network must not be used."""
         if self._settled is None:
             return "it has not been set up yet"
-        ports = self._host_ports_of(vm)
         if not ports:
             return ""
         if self._settled.rules_fault:
@@ -216,8 +254,8 @@ class NetworkPool:
 
 def _release_macvtaps(ports: Sequence[Port]) -> None:
     """Blocks."""
-    for vm in {port.vm for port in ports}:
-        macvtap.release(vm)
+    for port in ports:
+        macvtap.release(port.vm, port.interface)
     installed.remove_filters(ports)
 
 

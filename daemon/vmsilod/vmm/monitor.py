@@ -73,7 +73,7 @@ class MonitorClient(Protocol):
 
     def detach_net(self, device: str) -> None:
         """Returns when the VMM has let go of the interface of this NetDevice.id; one that is not there is no
-        error. A guest that does not give it up makes it a MonitorTimeout: see that the TAP is down before.
+        error. A guest that does not give it up makes it a MonitorTimeout: take the TAP down then.
         """
 
 

@@ -32,6 +32,7 @@ def attach(session: Session, net: NetDevice) -> None:
 
 
 def detach(session: Session, device: str) -> None:
+    _list_ports(session)  # a machine without them would only cut the link off, and keep the device
     with _tolerated():
         # At once, whatever the guest does: it can take its time to give the device up, or never do so.
         session.execute("set_link", {"name": device, "up": False})
@@ -61,12 +62,16 @@ def _add_netdev(session: Session, net: NetDevice) -> None:
 
 
 def _find_port(session: Session) -> str:
-    ports = [name for name in _list(session, _PERIPHERALS) if name.startswith(PORT_ID)]
-    for port in ports:
+    for port in _list_ports(session):
         if not any(name.startswith("child[") for name in _list(session, f"{_PERIPHERALS}/{port}/{port}")):
             return port
+    raise MonitorRefused("no port of the VM is left for another network interface")
+
+
+def _list_ports(session: Session) -> list[str]:
+    ports = [name for name in _list(session, _PERIPHERALS) if name.startswith(PORT_ID)]
     if ports:
-        raise MonitorRefused("no port of the VM is left for another network interface")
+        return ports
     raise MonitorRefused(
         "QEMU has no port for a network interface",
         'a VM that was started with one and with machine = "q35" has some',

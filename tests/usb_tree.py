@@ -69,16 +69,7 @@ class UsbTree:
         for number, codes in enumerate(plugged.interfaces[:made]):
             driver = plugged.drivers[number] if number < len(plugged.drivers) else ""
             self._write_interface(path / f"{plugged.name}:1.{number}", number, codes, driver)
-        port = self.port(plugged.name)
-        port.mkdir(parents=True, exist_ok=True)
-        (port / "disable").write_text("0")
-        if not (path / "port").is_symlink():
-            (path / "port").symlink_to(port)
         return path
-
-    def port(self, name: str) -> Path:
-        """The hub's own directory of where a device is plugged in; its `disable` is a port's switch."""
-        return self._devices / "1-0:1.0" / f"port-{name}"
 
     def unplug(self, name: str) -> None:
         (self._bus / "devices" / name).unlink()

@@ -133,10 +133,8 @@ class UsbAttachments:
                     f"VM '{claim.vm}', which runs, has the rule {claim.rule} for USB device {device.name}",
                     f"vmsilo usb detach {claim.vm} {device.name}",
                 )
-            if self._find_keepers(device):
-                await loop.in_worker(handover.cut_off, device, self._place.sysfs)
-            else:
-                await loop.in_worker(handover.give_to_host, device, self._place.sysfs)
+            self._check_sent(device, None)
+            await loop.in_worker(handover.give_to_host, device, self._place.sysfs)
             log.info("USB device %s (%s) given to the host on request", device.name, device.ids)
 
     # What happens by itself
@@ -343,13 +341,13 @@ class UsbAttachments:
         """The running VMs whose VMM was sent this plugging in and may have kept the descriptor."""
         return [name for name, run in self._runs.items() if device.key in run.sent]
 
-    def _check_sent(self, device: UsbDevice, vm: Vm) -> None:
-        others = [name for name in self._find_keepers(device) if name != vm.name]
+    def _check_sent(self, device: UsbDevice, vm: Vm | None) -> None:
+        """Whether nobody but `vm` could still use it."""
+        others = [name for name in self._find_keepers(device) if vm is None or name != vm.name]
         if others:
             raise Busy(
                 f"USB device {device.name} was in VM '{others[0]}', which could still use it",
-                f"plug it out and in again, or vm-stop {others[0]}, or give it to the host in between: "
-                f"vmsilo usb release {device.name}",
+                f"plug it out and in again, or vm-stop {others[0]}",
             )
 
     def _describe(

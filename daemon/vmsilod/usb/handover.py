@@ -93,20 +93,6 @@ def give_to_host(device: UsbDevice, sysfs: Path = SYSFS) -> None:
             _write(sysfs / "bus" / "usb" / "drivers_probe", interface.name, gone_is_done=False)
 
 
-def cut_off(device: UsbDevice, sysfs: Path = SYSFS) -> None:
-    """Let the kernel unplug it and plug it in again: every descriptor of it is dead then, and the host's
-    drivers look at it. Failed where the kernel (before 6.0) or the hub can't.
-    """
-    disable = sysfs / "bus" / "usb" / "devices" / device.name / "port" / "disable"
-    if not disable.exists():
-        raise Failed(f"this kernel cannot unplug USB device {device.name}", "plug it out and in again")
-    disable = disable.resolve()  # the way over the device is gone with it
-    try:
-        _write(disable, "1", gone_is_done=False)
-    finally:
-        _write(disable, "0", gone_is_done=False)
-
-
 def drop_privileges(fd: int) -> None:
     """For a VMM that binds the host's drivers again when it lets go of a device: then it can't."""
     try:

@@ -159,6 +159,7 @@ def _render_subnet_homes(ports: Sequence[Port]) -> str:
     """
     chains: list[str] = []
     homes: dict[Network, str] = {}
+    quoting: dict[str, str] = {}
     for port in ports:
         for host in port.host_addresses:
             # nft refuses a map with overlaps; the configuration has none.
@@ -167,8 +168,25 @@ def _render_subnet_homes(ports: Sequence[Port]) -> str:
         if port.dhcp and port.host_addresses:
             rule = f'iifname != {{ {quoted(port.tap)}, "lo" }} goto elsewhere'
             chains.append(render_chain(f"home-{port.tap}", (rule,)))
+            quoting[quoted(port.tap)] = f"jump quoted-{port.tap}"
+            chains.append(render_chain(f"quoted-{port.tap}", _quoted_rules(port)))
     jumps = {str(network): jump for network, jump in homes.items()}
-    return "".join(chains) + render_map("homes4", "type ipv4_addr : verdict", jumps, flags="flags interval")
+    return "".join(
+        (
+            *chains,
+            render_map("homes4", "type ipv4_addr : verdict", jumps, flags="flags interval"),
+            render_map("quoted_homes", "type ifname : verdict", quoting),
+        )
+    )
+
+
+def _quoted_rules(port: Port) -> list[str]:
+    return [
+        f"ct original ip {end} {host.network} ct original ip {end} != {host.ip} accept"
+        for host in port.host_addresses
+        if host.version == 4
+        for end in ("saddr", "daddr")
+    ]
 
 
 def _overlap(one: Network, other: Network) -> bool:
@@ -193,8 +211,12 @@ def _render_opened(ports: Sequence[Port]) -> str:
 # also for connections that are there. Helpers' "related" connections are none of ours.
 _REPLIES = """\
 		ct direction reply ct state established accept
-		ct state related meta l4proto { icmp, ipv6-icmp } accept
+		ct state related meta l4proto { icmp, ipv6-icmp } IS
 """
+_ASKED = _REPLIES.replace("IS", "accept")
+# An error quotes what it is about: from a guest only what it sent or got itself, whatever is open to it. By
+# others' it could end their connections, or hand them its bytes.
+_OF_GUEST = _REPLIES.replace("IS", "goto quoted")
 
 _INPUT = f"""\
 	chain prerouting {{
@@ -208,12 +230,20 @@ _INPUT = f"""\
 		limit rate 6/minute burst 5 packets log prefix "vmsilo: address of a VM from elsewhere "
 		drop
 	}}
+	chain quoted {{
+		iifname . ct original ip saddr @home4 accept
+		iifname . ct original ip daddr @home4 accept
+		iifname . ct original ip6 saddr @home6 accept
+		iifname . ct original ip6 daddr @home6 accept
+		iifname vmap @quoted_homes
+		goto denied
+	}}
 	chain input {{
 		type filter hook input priority filter - 10; policy accept;
 		iifname @taps goto to_host
 	}}
 	chain to_host {{
-{_REPLIES}\
+{_OF_GUEST}\
 		icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} accept
 		iifname @dhcp udp sport 68 udp dport 67 accept
 		iifname vmap @open_host
@@ -230,7 +260,7 @@ _FORWARD = f"""\
 		oifname @taps goto to_vm
 	}}
 	chain from_vm {{
-{_REPLIES}\
+{_OF_GUEST}\
 		ct state invalid goto denied
 		iifname vmap @open_out
 		ip daddr @closed4 goto denied
@@ -239,7 +269,7 @@ _FORWARD = f"""\
 		goto denied
 	}}
 	chain to_vm {{
-{_REPLIES}\
+{_ASKED}\
 		update @inbound {{ oifname }}
 		drop
 	}}

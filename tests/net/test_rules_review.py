@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 from net import packets
-from net.packets import Way
-from net.rules_world import INTERNET, INTERNET6, WAN, WAN6, A, B, E, World, allow
-from net.tap_ground import SHORT, heard, ip, received
+from net.packets import BROADCAST, Way
+from net.rules_world import INTERNET, INTERNET6, WAN, WAN6, A, B, C, D, E, World, allow
+from net.tap_ground import SHORT, heard, ip, peer, received
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from net.tap_ground import Peer
 
 PORT = 7000
 BOTH = pytest.mark.parametrize("version", [4, 6])
@@ -24,6 +26,21 @@ BOTH = pytest.mark.parametrize("version", [4, 6])
 def world() -> Iterator[World]:
     with World(A, B, E) as made:
         yield made
+
+
+LAN_HOST, LAN_MACHINE = "192.168.5.2", "192.168.5.7"
+
+
+@pytest.fixture
+def bridged() -> Iterator[tuple[World, Peer]]:
+    """Gamma and delta in the bridge br0, gamma with DHCP; and a machine of that LAN."""
+    ip("link add br0 type bridge")
+    ip(f"addr add {LAN_HOST}/24 dev br0")
+    ip("link set br0 up")
+    with World(replace(C, dhcp=True), D) as made, peer("port", f"{LAN_MACHINE}/24") as machine:
+        ip("link set port master br0")
+        made.install()
+        yield made, machine
 
 
 def pick(version: int, four: str, six: str) -> str:
@@ -99,3 +116,46 @@ def last_source_port(line: socket.socket) -> int:
         at = {b"\x08\x00": 34, b"\x86\xdd": 54}.get(frame[12:14], len(frame))
         if frame[at + 2 : at + 4] == struct.pack("!H", PORT):
             return int(struct.unpack_from("!H", frame, at)[0])
+
+
+def claim(address: str) -> bytes:
+    return packets.arp(Way(C.mac, BROADCAST, address, LAN_MACHINE))
+
+
+def offer(machine: Peer, world: World, address: str, *, server: str = LAN_MACHINE) -> None:
+    """A DHCP answer to gamma, which has arrived when this returns."""
+    way = Way(machine.mac(), C.mac, server, "192.168.5.12")
+    with machine.raw_socket() as line:
+        line.send(packets.dhcp(way, answer=True, mac=C.mac, yours=address))
+    assert world.taps["c-0"].receive(packets.IPv4Address(address).packed)
+
+
+def test_a_lease_comes_from_the_lan_and_is_nobody_elses(bridged: tuple[World, Peer]) -> None:
+    world, machine = bridged
+    for address, server in (
+        ("192.168.5.200", INTERNET),
+        (LAN_HOST, LAN_MACHINE),
+        ("192.168.5.13", LAN_MACHINE),
+    ):
+        offer(machine, world, address, server=server)
+        world.send(C, claim(address), packets.udp(Way(C.mac, machine.mac(), address, INTERNET), 1, PORT))
+    assert world.passed("c-0") == 0
+    assert world.kinds("c-0") == {"arp": 3, "ip4": 3}
+    offer(machine, world, "192.168.5.200")
+    world.send(C, claim("192.168.5.200"))
+    assert world.passed("c-0") == 1
+    ip("addr add 192.168.5.200/24 dev br0")
+    world.install()
+    world.send(C, claim("192.168.5.200"))
+    assert world.passed("c-0") == 1, "what the host has since then is no lease"
+
+
+def test_a_dhcp_question_goes_to_the_lan_only(bridged: tuple[World, Peer]) -> None:
+    world, machine = bridged
+    hidden = Way(C.mac, BROADCAST, "192.168.5.12", INTERNET)
+    world.send(C, packets.dhcp(hidden, answer=False))
+    assert world.kinds("c-0") == {"denied": 1}, "an address of the internet, in a broadcast frame"
+    renew = hidden.of(to_mac=machine.mac(), destination=LAN_MACHINE)
+    world.send(C, packets.dhcp(renew, answer=False))
+    world.send(C, packets.dhcp(hidden.of(destination="255.255.255.255"), answer=False))
+    assert world.passed("c-0") == 2

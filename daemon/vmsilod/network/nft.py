@@ -11,7 +11,7 @@ import json
 import socket
 import subprocess
 from dataclasses import dataclass
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING, Any
 
 from vmsilod.errors import Failed
@@ -30,6 +30,7 @@ from vmsilod.network.ruleset import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
+    from ipaddress import IPv4Address, IPv6Address
 
     from vmsilod.network.plan import Network, NetworkPlan
 
@@ -52,17 +53,22 @@ def look_around(plan: NetworkPlan) -> Surroundings:
 
     taps = {port.tap for port in ports_of(plan)}
     nearby: set[Network] = set()
+    host: set[IPv4Address | IPv6Address] = set()
     try:
         with IPRoute() as route:
             names = {link["index"]: link.get_attr("IFLA_IFNAME") for link in route.get_links()}
             for address in route.get_addr():
+                if names.get(address["index"]) in {*taps, "lo"}:
+                    continue
                 network = ip_network((address.get_attr("IFA_ADDRESS"), address["prefixlen"]), strict=False)
                 # A network of everybody would be the end of the internet.
-                if names.get(address["index"]) not in {*taps, "lo"} and network.prefixlen > 0:
+                if network.prefixlen > 0:
                     nearby.add(network)
+                # Of a peer-to-peer link IFA_ADDRESS is the other end.
+                host.add(ip_address(address.get_attr("IFA_LOCAL") or address.get_attr("IFA_ADDRESS")))
     except OSError as error:
         raise Failed(f"the host's networks cannot be read: {error.strerror}") from error
-    return Surroundings(tuple(sorted(nearby, key=str)), devices)
+    return Surroundings(tuple(sorted(nearby, key=str)), devices, tuple(sorted(host, key=str)))
 
 
 def apply(text: str) -> None:

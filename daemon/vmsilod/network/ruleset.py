@@ -14,7 +14,13 @@ from dataclasses import dataclass
 from ipaddress import ip_network
 from typing import TYPE_CHECKING
 
-from vmsilod.network.frame_rules import own_addresses, render_frame_rules, render_logs, render_opened
+from vmsilod.network.frame_rules import (
+    Ground,
+    own_addresses,
+    render_frame_rules,
+    render_logs,
+    render_opened,
+)
 from vmsilod.network.rule_text import (
     SIZE,
     allow_rules,
@@ -29,6 +35,7 @@ from vmsilod.network.rule_text import (
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from ipaddress import IPv4Address, IPv6Address
 
     from vmsilod.network.plan import Network, NetworkPlan, Port
 
@@ -58,11 +65,13 @@ _UNIQUE_LOCAL = ip_network("fc00::/7")
 @dataclass(frozen=True)
 class Surroundings:
     """What the plan does not say: `nearby`, networks that the host itself is in, which are no internet,
-    whatever their addresses; `devices`, the interfaces that exist, None for all of the plan's TAPs.
+    whatever their addresses; `devices`, the interfaces that exist, None for all of the plan's TAPs; `host`,
+    the host's own addresses but those of the plan.
     """
 
     nearby: tuple[Network, ...] = ()
     devices: frozenset[str] | None = None
+    host: tuple[IPv4Address | IPv6Address, ...] = ()
 
 
 def render_ruleset(plan: NetworkPlan, surroundings: Surroundings | None = None) -> str:
@@ -102,7 +111,7 @@ def _render_tables(plan: NetworkPlan, surroundings: Surroundings, version: str) 
     devices = frozenset(port.tap for port in ports if _exists(port, surroundings))
     closed = CLOSED + surroundings.nearby
     mark = f"\tchain {version} {{\n\t}}\n" if version else ""
-    frames = render_frame_rules(ports, devices, closed)
+    frames = render_frame_rules(ports, Ground(devices, closed, surroundings.host))
     packets = _render_packet_rules(plan, ports, closed)
     return f"table netdev {TABLE} {{\n{mark}{frames}}}\ntable inet {TABLE} {{\n{mark}{packets}}}\n"
 

@@ -109,6 +109,25 @@ def test_an_error_of_a_vm_with_a_lease_about_its_own_connection_passes(world: Wo
     assert world.kinds("e-0") == {}
 
 
+@BOTH
+def test_a_guest_takes_no_port_of_a_service_of_the_host(world: World, version: int) -> None:
+    there = world.internet()
+    target, wan = pick(version, INTERNET, INTERNET6), pick(version, WAN, WAN6)
+    kind = socket.AF_INET if version == 4 else socket.AF_INET6
+    with socket.socket(kind, socket.SOCK_DGRAM) as service, there.udp_socket(PORT, target) as outside:
+        service.bind((wan, 1194))
+        world.send(A, packets.udp(world.way(A, target), 1194, PORT))
+        with there.raw_socket() as line:
+            world.send(A, packets.tcp(world.way(A, target), (1194, PORT)))
+            assert 32768 <= last_source_port(line) <= 60999
+        outside.sendto(b"to the service", (wan, 1194))
+        assert received(service) is not None
+        assert world.taps["a-0"].receive(b"to the service", SHORT) is None
+        assert received(outside) is not None
+        world.send(A, packets.ping(world.way(A, target)))
+        assert world.taps["a-0"].receive(b"\x81\0" if version == 6 else b"\0\0"), "echo reply"
+
+
 def last_source_port(line: socket.socket) -> int:
     """Of the datagram to PORT that came by."""
     while True:

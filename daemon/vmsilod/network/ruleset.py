@@ -295,6 +295,11 @@ _FORWARD = f"""\
 """
 
 
+# A port of the guest's choice could be one that a service of the host answers on: what is sent to that
+# service would reach the guest.
+_TRANSLATED = "masquerade to :32768-60999 fully-random"
+
+
 def _render_internet(nat_interface: str, ports: Sequence[Port]) -> str:
     """Global addresses of IPv6 are not translated: they are the VM's, and routed to it."""
     if not nat_interface:
@@ -302,15 +307,20 @@ def _render_internet(nat_interface: str, ports: Sequence[Port]) -> str:
     routed = [port for port in ports if port.host_addresses]
     subnets = [host.network for port in routed for host in port.host_addresses]
     subnets += [ip_network(own) for port in routed for own in own_addresses(port)]
-    private = [net for net in subnets if net.version == 6 and net.subnet_of(_UNIQUE_LOCAL)]  # type: ignore[arg-type]
+    local6 = [net for net in subnets if net.version == 6 and net.subnet_of(_UNIQUE_LOCAL)]  # type: ignore[arg-type]
     out = f"oifname {quoted(nat_interface)} iifname @routed"
     return "".join(
         (
             render_set("routed", "type ifname", (quoted(port.tap) for port in routed)),
             render_networks("nat4", 4, subnets),
-            render_networks("nat6", 6, private),
+            render_networks("nat6", 6, local6),
             f"\tchain internet {{\n\t\t{out} accept\n\t}}\n",
             "\tchain postrouting {\n\t\ttype nat hook postrouting priority srcnat - 10; policy accept;\n",
-            f"\t\t{out} ip saddr @nat4 masquerade\n\t\t{out} ip6 saddr @nat6 masquerade\n\t}}\n",
+            *(
+                f"\t\t{out} {private} {how}\n"
+                for private in ("ip saddr @nat4", "ip6 saddr @nat6")
+                for how in (f"meta l4proto {{ tcp, udp }} {_TRANSLATED}", "masquerade")
+            ),
+            "\t}\n",
         )
     )

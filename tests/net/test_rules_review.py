@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 from net import packets
+from net.networks import Desk, gateway_of, make_port, make_router
 from net.packets import BROADCAST, Way
 from net.rules_world import INTERNET, INTERNET6, WAN, WAN6, A, B, C, D, E, World, allow
-from net.tap_ground import SHORT, heard, ip, peer, received
+from net.tap_ground import SHORT, heard, ip, mac_of, peer, received
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -126,6 +127,47 @@ def test_a_guest_takes_no_port_of_a_service_of_the_host(world: World, version: i
         assert received(outside) is not None
         world.send(A, packets.ping(world.way(A, target)))
         assert world.taps["a-0"].receive(b"\x81\0" if version == 6 else b"\0\0"), "echo reply"
+
+
+@pytest.mark.parametrize("target", ["192.168.5.255", "255.255.255.255", "224.0.0.251", LAN_HOST])
+def test_an_open_network_does_not_open_the_host_by_a_broadcast(
+    bridged: tuple[World, Peer], target: str
+) -> None:
+    world, machine = bridged
+    opened = (allow("192.168.5.0/24"), allow("0.0.0.0/0"))
+    world.change(replace(C, allow=opened), D)
+    group = "01:00:5e:00:00:fb" if target.startswith("224.") else BROADCAST
+    for mac in (group, mac_of("br0")):
+        world.send(C, packets.udp(Way(C.mac, mac, "192.168.5.12", target), 1, PORT))
+    assert world.passed("c-0") == 0
+    assert world.kinds("c-0") == {"denied": 2}
+    world.send(C, packets.udp(Way(C.mac, machine.mac(), "192.168.5.12", LAN_MACHINE), 1, PORT))
+    assert world.passed("c-0") == 1, "the network itself"
+    groups = (allow("224.0.0.0/4"),) if target.startswith("224.") else (allow(target),)
+    world.change(replace(C, allow=groups), D)
+    world.send(C, packets.udp(Way(C.mac, group, "192.168.5.12", target), 1, PORT))
+    assert world.passed("c-0") == 2, "opened by name"
+
+
+def test_an_open_network_does_not_open_groups_of_ipv6(bridged: tuple[World, Peer]) -> None:
+    world, _machine = bridged
+    world.change(replace(C, allow=(allow("::/0"),)), D)
+    for mac in (packets.group_mac("ff02::fb"), mac_of("br0")):
+        world.send(C, packets.udp(Way(C.mac, mac, "fd05::12", "ff02::fb"), 1, PORT))
+    assert world.passed("c-0") == 0
+    assert world.kinds("c-0") == {"denied": 2}
+
+
+def test_a_router_vm_cannot_redirect_its_peers() -> None:
+    port, router = make_port("beta", 3), make_router("rout", 254, "0.0.0.0/0")
+    with Desk(port, router) as desk:
+        beta, rout = desk.plug(port), desk.plug(router)
+        way = Way(router.mac, gateway_of(router), "10.1.0.254", "10.1.0.3")
+        about = packets.udp(way.of(source="10.1.0.3", destination="8.8.8.8"), 1, 2)[14:]
+        for kind in (5, 9, 3):
+            rout.send(packets.icmp4(way, kind, bytes(4) + about))
+        found = [frame.raw[34] for frame in beta.drain() if frame.raw[12:14] == b"\x08\0"]
+    assert found == [3]
 
 
 def last_source_port(line: socket.socket) -> int:

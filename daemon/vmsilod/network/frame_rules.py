@@ -16,7 +16,7 @@ from vmsilod.network.rule_text import (
     allow_rules,
     checked,
     checked_mac,
-    host_allows,
+    host_and_group_allows,
     open_allows,
     quoted,
     render_chain,
@@ -95,7 +95,8 @@ _CHAINS = f"""\
 	chain ip4_honest {{
 		iifname != @bridged accept
 		iifname @dhcp udp sport 68 udp dport 67 ip daddr @closed4 accept
-		fib daddr type local goto bridged_to_host
+		# The host takes what goes to all of the LAN, with whatever MAC.
+		fib daddr type != unicast goto bridged_to_host
 		iifname vmap @bridged_open
 		{_TO_GROUP} goto denied_quietly
 		ip daddr @closed4 goto denied
@@ -115,7 +116,8 @@ nd-router-solicit : goto nd_router_solicit }}
 	chain ip6_honest {{
 		iifname != @bridged accept
 		icmpv6 type {{ mld-listener-report, mld-listener-done, mld2-listener-report }} accept
-		fib daddr type local goto bridged_to_host
+		fib daddr type {{ local, anycast }} goto bridged_to_host
+		ip6 daddr ff00::/8 goto bridged_to_host
 		iifname vmap @bridged_open
 		{_TO_GROUP} goto denied_quietly
 		ip6 daddr @closed6 goto denied
@@ -155,6 +157,7 @@ nd-router-solicit : goto nd_router_solicit }}
 	}}
 	chain bridged_to_host {{
 		iifname vmap @bridged_open_host
+		{_TO_GROUP} goto denied_quietly
 		goto denied
 	}}
 	# What is counted here may find its set full, which ends its rule: so what is to be done is in the next.
@@ -335,7 +338,7 @@ def _render_opened(ports: Sequence[Port]) -> str:
     texts = []
     for name, prefix, opened in (
         ("bridged_open", "open", open_allows),
-        ("bridged_open_host", "host", host_allows),
+        ("bridged_open_host", "host", host_and_group_allows),
     ):
         chains, jumps = render_opened(ports, prefix, {port.tap: allow_rules(opened(port)) for port in ports})
         texts += [chains, render_map(name, "type ifname : verdict", jumps)]

@@ -5,14 +5,17 @@ from __future__ import annotations
 import socket
 import struct
 from dataclasses import replace
+from ipaddress import IPv4Address
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from net import packets
 from net.networks import Desk, gateway_of, make_port, make_router
 from net.packets import BROADCAST, Way
-from net.rules_world import INTERNET, INTERNET6, WAN, WAN6, A, B, C, D, E, World, allow
-from net.tap_ground import SHORT, heard, ip, mac_of, peer, received
+from net.rules_world import INTERNET, INTERNET6, LAN, LAN6, WAN, WAN6, A, B, C, D, E, World, allow
+from net.tap_ground import SHORT, WAIT, heard, ip, mac_of, peer, received, set_sysctl
+from vmsilod.network import batch, forwarding, nft
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -170,6 +173,53 @@ def test_a_router_vm_cannot_redirect_its_peers() -> None:
     assert found == [3]
 
 
+def test_a_network_that_only_a_route_says_is_near_is_closed(world: World) -> None:
+    """An uplink with an address alone (/32, /128), as DHCPv6 gives it."""
+    with peer("wan", "198.51.100.7/24", "2001:db8:1::7/64") as machine:
+        ip("addr add 198.51.100.2/32 dev wan")
+        ip("addr add 2001:db8:1::2/128 dev wan nodad")
+        for network, target in (
+            ("198.51.100.0/24", "198.51.100.7"),
+            ("2001:db8:1::/64", "2001:db8:1::7"),
+        ):
+            ip(f"route add {network} dev wan")
+            ip(f"route add default via {target}")
+            world.install()
+            with machine.udp_socket(PORT, target) as server:
+                world.say(A, target, PORT)
+                assert received(server, SHORT) is None
+    assert world.kinds("a-0") == {"denied": 2}
+
+
+@BOTH
+def test_lent_forwarding_makes_the_host_no_router_of_its_uplink(
+    world: World, tmp_path: Path, version: int
+) -> None:
+    there, lan = world.internet(), world.lan()
+    family = f"ipv{version}"
+    key = forwarding.FORWARDING[family]
+    if not Path(f"/proc/sys/net/{family}/conf/wan/{key}").exists():
+        pytest.skip(f"no {key} of a device")
+    there.ip("route add 192.168.1.0/24 via " + WAN)
+    there.ip("route add fd07::/64 via " + WAN6)
+    target, any_address = pick(version, LAN, LAN6), pick(version, "0.0.0.0", "::")
+    lent_file = tmp_path / "lent"
+    with lan.udp_socket(PORT, target) as server, there.udp_socket(PORT, any_address) as outside:
+        for switch, arrives in (("0", False), ("1", True)):
+            set_sysctl(f"net/{family}/conf/all/forwarding", switch)
+            text = batch.render(world.plan, lent_file)
+            nft.apply(text)
+            forwarding.lend_forwarding("wan", lent_file)
+            assert batch.render(world.plan, lent_file) == text, "the same before and after"
+            outside.sendto(b"through", (target, PORT))
+            assert (received(server, WAIT if arrives else SHORT) is not None) == arrives
+            internet = pick(version, INTERNET, INTERNET6)
+            for tap in ("a-0", "wan"):
+                set_sysctl(f"net/{family}/conf/{tap}/{key}", "1")
+            world.say(A, internet, PORT)
+            assert received(outside) is not None, "VMs are routed all the same"
+
+
 def last_source_port(line: socket.socket) -> int:
     """Of the datagram to PORT that came by."""
     while True:
@@ -188,7 +238,7 @@ def offer(machine: Peer, world: World, address: str, *, server: str = LAN_MACHIN
     way = Way(machine.mac(), C.mac, server, "192.168.5.12")
     with machine.raw_socket() as line:
         line.send(packets.dhcp(way, answer=True, mac=C.mac, yours=address))
-    assert world.taps["c-0"].receive(packets.IPv4Address(address).packed)
+    assert world.taps["c-0"].receive(IPv4Address(address).packed)
 
 
 def test_a_lease_comes_from_the_lan_and_is_nobody_elses(bridged: tuple[World, Peer]) -> None:

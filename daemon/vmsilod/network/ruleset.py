@@ -66,12 +66,14 @@ _UNIQUE_LOCAL = ip_network("fc00::/7")
 class Surroundings:
     """What the plan does not say: `nearby`, networks that the host itself is in, which are no internet,
     whatever their addresses; `devices`, the interfaces that exist, None for all of the plan's TAPs; `host`,
-    the host's own addresses but those of the plan.
+    the host's own addresses but those of the plan; `lent`, the versions of IP that the NAT interface
+    forwards for VMs alone.
     """
 
     nearby: tuple[Network, ...] = ()
     devices: frozenset[str] | None = None
     host: tuple[IPv4Address | IPv6Address, ...] = ()
+    lent: frozenset[int] = frozenset()
 
 
 def render_ruleset(plan: NetworkPlan, surroundings: Surroundings | None = None) -> str:
@@ -112,11 +114,12 @@ def _render_tables(plan: NetworkPlan, surroundings: Surroundings, version: str) 
     closed = CLOSED + surroundings.nearby
     mark = f"\tchain {version} {{\n\t}}\n" if version else ""
     frames = render_frame_rules(ports, Ground(devices, closed, surroundings.host))
-    packets = _render_packet_rules(plan, ports, closed)
+    packets = _render_packet_rules(plan, surroundings, closed)
     return f"table netdev {TABLE} {{\n{mark}{frames}}}\ntable inet {TABLE} {{\n{mark}{packets}}}\n"
 
 
-def _render_packet_rules(plan: NetworkPlan, ports: Sequence[Port], closed: Sequence[Network]) -> str:
+def _render_packet_rules(plan: NetworkPlan, surroundings: Surroundings, closed: Sequence[Network]) -> str:
+    ports = ports_of(plan)
     taps = [quoted(port.tap) for port in ports]
     return "".join(
         (
@@ -136,7 +139,7 @@ def _render_packet_rules(plan: NetworkPlan, ports: Sequence[Port], closed: Seque
             ),
             _render_opened(ports),
             _INPUT,
-            _FORWARD,
+            _FORWARD.replace("LENT", _render_lent(plan.nat_interface, surroundings.lent)),
             _render_internet(plan.nat_interface, ports),
         )
     )
@@ -267,7 +270,7 @@ _FORWARD = f"""\
 		type filter hook forward priority filter - 10; policy accept;
 		iifname @taps goto from_vm
 		oifname @taps goto to_vm
-	}}
+LENT	}}
 	chain from_vm {{
 {_OF_GUEST}\
 		ct state invalid goto denied
@@ -298,6 +301,15 @@ _FORWARD = f"""\
 # A port of the guest's choice could be one that a service of the host answers on: what is sent to that
 # service would reach the guest.
 _TRANSLATED = "masquerade to :32768-60999 fully-random"
+
+
+def _render_lent(nat_interface: str, lent: frozenset[int]) -> str:
+    """The host became a router for its VMs: for its uplink's neighbours it is none."""
+    if not nat_interface:
+        return ""
+    return "".join(
+        f"\t\tmeta nfproto ipv{version} iifname {quoted(nat_interface)} drop\n" for version in sorted(lent)
+    )
 
 
 def _render_internet(nat_interface: str, ports: Sequence[Port]) -> str:

@@ -72,7 +72,7 @@ def settle(plan: NetworkPlan, running: frozenset[str], lent_file: Path = forward
             made = batch.make_taps()
             ruled = batch.reduce(plan)
             try:
-                rules = _install(ruled, anew=made)
+                rules = _install(ruled, lent_file, anew=made)
             except VmsiloError as error:
                 batch.shut()
                 return Settled(ruled, faults=MappingProxyType(faults), rules_fault=error.message)
@@ -85,11 +85,16 @@ def settle(plan: NetworkPlan, running: frozenset[str], lent_file: Path = forward
     return Settled(ruled, rules, MappingProxyType(faults), judged=MappingProxyType(judged))
 
 
-def _install(ruled: NetworkPlan, *, anew: bool) -> str:
+def render(ruled: NetworkPlan, lent_file: Path) -> str:
+    """Raises Failed."""
+    return installed.render(ruled, forwarding.find_lent(_nat_interface(ruled), lent_file))
+
+
+def _install(ruled: NetworkPlan, lent_file: Path, *, anew: bool) -> str:
     if not ruled.ports:
         installed.remove_rules()
         return ""
-    rules = installed.render(ruled)
+    rules = render(ruled, lent_file)
     installed.ensure_rules(rules, anew=anew)
     return rules
 

@@ -102,6 +102,18 @@ def lend_forwarding(interface: str, file: Path = LENT_FILE) -> None:
             _write(family, interface, key, "1")
 
 
+def find_lent(interface: str, file: Path = LENT_FILE) -> frozenset[int]:
+    """The versions of IP that `interface` forwards for VMs alone, or will after lend_forwarding()."""
+    lent = _load(file).get(interface, {})
+    return frozenset(
+        version
+        for version, (family, key) in zip((4, 6), FORWARDING.items(), strict=True)
+        if interface
+        and _read(family, "all", "forwarding") != "1"
+        and (family in lent or _read(family, interface, key) not in (None, "1"))
+    )
+
+
 def _give_back(interface: str, before: dict[str, str]) -> None:
     for family, value in before.items():
         # Switched on for all since then: somebody else forwards, and this device too.

@@ -7,6 +7,7 @@ number of VMs: each question is one look into a hash.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vmsilod.network.names import derive_link_local
@@ -15,7 +16,7 @@ from vmsilod.network.rule_text import (
     allow_rules,
     checked,
     checked_mac,
-    host_allows,
+    host_and_group_allows,
     open_allows,
     quoted,
     render_chain,
@@ -69,6 +70,7 @@ _CHAINS = f"""\
 		iifname . arp saddr ip @own4 accept
 		arp saddr ip 0.0.0.0 arp operation request goto arp_probe
 		iifname vmap @arp_subnets
+		arp saddr ip @taken4 goto lie_arp
 		iifname . {_ARP_SENDER} @leased4 accept
 		goto lie_arp
 	}}
@@ -84,14 +86,17 @@ _CHAINS = f"""\
 		iifname . ip saddr @own4 goto ip4_honest
 		ip saddr 0.0.0.0 iifname @dhcp ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept
 		iifname vmap @ip4_subnets
+		# A lease of what is another's, or has become so.
+		ip saddr @taken4 goto lie_ip4
 		iifname . {_IP_SOURCE} @leased4 goto ip4_honest
 		goto lie_ip4
 	}}
 	# Where a frame of a bridged TAP may go is decided here, by the frame alone: no other hook sees it.
 	chain ip4_honest {{
 		iifname != @bridged accept
-		iifname @dhcp udp sport 68 udp dport 67 accept
-		fib daddr type local goto bridged_to_host
+		iifname @dhcp udp sport 68 udp dport 67 ip daddr @closed4 accept
+		# The host takes what goes to all of the LAN, with whatever MAC.
+		fib daddr type != unicast goto bridged_to_host
 		iifname vmap @bridged_open
 		{_TO_GROUP} goto denied_quietly
 		ip daddr @closed4 goto denied
@@ -111,7 +116,8 @@ nd-router-solicit : goto nd_router_solicit }}
 	chain ip6_honest {{
 		iifname != @bridged accept
 		icmpv6 type {{ mld-listener-report, mld-listener-done, mld2-listener-report }} accept
-		fib daddr type local goto bridged_to_host
+		fib daddr type {{ local, anycast }} goto bridged_to_host
+		ip6 daddr ff00::/8 goto bridged_to_host
 		iifname vmap @bridged_open
 		{_TO_GROUP} goto denied_quietly
 		ip6 daddr @closed6 goto denied
@@ -151,6 +157,7 @@ nd-router-solicit : goto nd_router_solicit }}
 	}}
 	chain bridged_to_host {{
 		iifname vmap @bridged_open_host
+		{_TO_GROUP} goto denied_quietly
 		goto denied
 	}}
 	# What is counted here may find its set full, which ends its rule: so what is to be done is in the next.
@@ -170,14 +177,24 @@ nd-router-solicit : goto nd_router_solicit }}
 """
 
 
-def render_frame_rules(ports: Sequence[Port], devices: frozenset[str], closed: Sequence[Network]) -> str:
-    """The table's content. Only a TAP that is among `devices` can be hooked. `closed` is where nobody may go
-    unless it is opened.
+@dataclass(frozen=True)
+class Ground:
+    """What frames are judged by besides their TAP: only one that is among `devices` can be hooked; `closed`
+    is where nobody may go unless it is opened; `host` has addresses that are no VM's.
     """
+
+    devices: frozenset[str]
+    closed: Sequence[Network]
+    host: Sequence[IPv4Address | IPv6Address]
+
+
+def render_frame_rules(ports: Sequence[Port], ground: Ground) -> str:
+    """The table's content."""
+    closed = ground.closed
     bridged = [port for port in ports if port.bridge]
     return "".join(
         (
-            _render_identities(ports),
+            _render_identities(ports, ground.host),
             _render_filled(),
             render_networks("closed4", 4, closed),
             render_networks("closed6", 6, closed),
@@ -192,7 +209,7 @@ def render_frame_rules(ports: Sequence[Port], devices: frozenset[str], closed: S
                 for kind in LIES
             ),
             _CHAINS,
-            "".join(_render_hooks(port) for port in ports if port.tap in devices),
+            "".join(_render_hooks(port) for port in ports if port.tap in ground.devices),
         )
     )
 
@@ -206,25 +223,26 @@ def _render_hooks(port: Port) -> str:
     if port.dhcp and port.bridge:
         # What a DHCP server of the LAN told this guest that it may have.
         learn = (
-            f"udp sport 67 udp dport 68 {_OP} 2 oifname . {_CHADDR} @nd_macs "
+            f"ip saddr @closed4 udp sport 67 udp dport 68 {_OP} 2 {_YIADDR} != @taken_yiaddr "
+            f"oifname . {_CHADDR} @nd_macs "
             f"update @leased4 {{ oifname . {_YIADDR} timeout {LEASE_TIMEOUT} }}"
         )
         chains += render_chain(f"out-{port.tap}", (f"type filter hook egress {hook} accept;", learn))
     return chains
 
 
-def _render_identities(ports: Sequence[Port]) -> str:
+def _render_identities(ports: Sequence[Port], host: Sequence[IPv4Address | IPv6Address]) -> str:
     """Who is who, and once more for what nft knows as bytes only."""
     own4 = [(port, own) for port in ports for own in own_addresses(port) if own.version == 4]
     own6 = [(port, own) for port in ports for own in own_addresses(port) if own.version == 6]
     own6 += [(port, derive_link_local(checked_mac(port.mac))) for port in ports]
     macs = [(quoted(port.tap), checked_mac(port.mac)) for port in ports]
-    hosts = [host.ip for port in ports for host in port.host_addresses]
-    taken4 = (*(own for _, own in own4), *(host for host in hosts if host.version == 4))
+    hosts = [*(own.ip for port in ports for own in port.host_addresses), *host]
+    taken4 = (*(own for _, own in own4), *(own for own in hosts if own.version == 4))
     # Link-local addresses are no part of it: they are the same on every link.
     taken6 = (
         *(own for _, own in own6 if not own.is_link_local),
-        *(host for host in hosts if host.version == 6),
+        *(own for own in hosts if own.version == 6 and not own.is_link_local),
     )
     return "".join(
         (
@@ -246,6 +264,7 @@ def _render_identities(ports: Sequence[Port]) -> str:
                 (f"{quoted(port.tap)} . 0x{int(own):032x}" for port, own in own6),
             ),
             render_set("taken4", "type ipv4_addr", map(str, taken4)),
+            render_set("taken_yiaddr", f"typeof {_YIADDR}", (f"0x{int(taken):08x}" for taken in taken4)),
             render_set("taken6", "type ipv6_addr", map(str, taken6)),
         )
     )
@@ -319,7 +338,7 @@ def _render_opened(ports: Sequence[Port]) -> str:
     texts = []
     for name, prefix, opened in (
         ("bridged_open", "open", open_allows),
-        ("bridged_open_host", "host", host_allows),
+        ("bridged_open_host", "host", host_and_group_allows),
     ):
         chains, jumps = render_opened(ports, prefix, {port.tap: allow_rules(opened(port)) for port in ports})
         texts += [chains, render_map(name, "type ifname : verdict", jumps)]

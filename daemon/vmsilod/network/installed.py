@@ -6,6 +6,7 @@ kernel is whether it has these very rules.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vmsilod.errors import Failed, VmsiloError
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
     from vmsilod.network.plan import NetworkPlan, Port
 
 
-def render(plan: NetworkPlan) -> str:
+def render(plan: NetworkPlan, lent: frozenset[int]) -> str:
     """The rules of this plan on this host as it is now. Raises Failed."""
-    return ruleset.render_ruleset(plan, nft.look_around(plan))
+    return ruleset.render_ruleset(plan, replace(nft.look_around(plan), lent=lent))
 
 
 def ensure_rules(rules: str, *, anew: bool) -> None:

@@ -11,7 +11,7 @@ import json
 import socket
 import subprocess
 from dataclasses import dataclass
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING, Any
 
 from vmsilod.errors import Failed
@@ -29,12 +29,14 @@ from vmsilod.network.ruleset import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
+    from ipaddress import IPv4Address, IPv6Address
 
     from vmsilod.network.plan import Network, NetworkPlan
 
 NFT = "/usr/sbin/nft"
 NFT_SECONDS = 60
+IFF_NOARP, MAIN_TABLE, RTN_UNICAST = 0x80, 254, 1  # linux/if.h, linux/rtnetlink.h
 HINT = "vmsilo's firewall needs nft (package nftables) and a kernel with nf_tables"
 _NETDEV_COUNTED = ("denied", *(f"lie_{kind}" for kind in LIES))
 
@@ -52,17 +54,44 @@ def look_around(plan: NetworkPlan) -> Surroundings:
 
     taps = {port.tap for port in ports_of(plan)}
     nearby: set[Network] = set()
+    host: set[IPv4Address | IPv6Address] = set()
     try:
         with IPRoute() as route:
             names = {link["index"]: link.get_attr("IFLA_IFNAME") for link in route.get_links()}
             for address in route.get_addr():
+                if names.get(address["index"]) in {*taps, "lo"}:
+                    continue
                 network = ip_network((address.get_attr("IFA_ADDRESS"), address["prefixlen"]), strict=False)
                 # A network of everybody would be the end of the internet.
-                if names.get(address["index"]) not in {*taps, "lo"} and network.prefixlen > 0:
+                if network.prefixlen > 0:
                     nearby.add(network)
+                # Of a peer-to-peer link IFA_ADDRESS is the other end.
+                host.add(ip_address(address.get_attr("IFA_LOCAL") or address.get_attr("IFA_ADDRESS")))
+            # Where nobody has neighbours (a VPN's device), a route without a gateway is no LAN.
+            lans = {
+                link["index"]
+                for link in route.get_links()
+                if not link["flags"] & IFF_NOARP and link.get_attr("IFLA_IFNAME") not in {*taps, "lo"}
+            }
+            nearby.update(_find_routed(route.get_routes(table=MAIN_TABLE), lans))
     except OSError as error:
         raise Failed(f"the host's networks cannot be read: {error.strerror}") from error
-    return Surroundings(tuple(sorted(nearby, key=str)), devices)
+    return Surroundings(tuple(sorted(nearby, key=str)), devices, tuple(sorted(host, key=str)))
+
+
+def _find_routed(routes: Iterable[Any], devices: Collection[int]) -> Iterator[Network]:
+    """Networks that are on the link of one of `devices`, whatever addresses the host has there."""
+    for found in routes:
+        destination = found.get_attr("RTA_DST")
+        if (
+            found["type"] == RTN_UNICAST
+            and found.get_attr("RTA_TABLE") == MAIN_TABLE
+            and found.get_attr("RTA_OIF") in devices
+            and not (found.get_attr("RTA_GATEWAY") or found.get_attr("RTA_VIA"))
+            and destination is not None
+            and found["dst_len"] > 0
+        ):
+            yield ip_network((destination, found["dst_len"]), strict=False)
 
 
 def apply(text: str) -> None:

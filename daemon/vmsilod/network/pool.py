@@ -185,7 +185,7 @@ class NetworkPool:
         async with self._lock:
             assert self._settled is not None
             ports = host_ports(self._plan)
-            if ports and not await loop.in_worker(_is_as_settled, ports, self._settled):
+            if ports and not await loop.in_worker(_is_as_settled, ports, self._settled, self._lent_file):
                 await self._settle()
 
     def _refuse_taken(self) -> None:
@@ -278,12 +278,12 @@ def _find_faults(ports: Sequence[Port]) -> dict[str, str]:
     return {port.tap: fault for port in ports if (fault := judge(sight, port))}
 
 
-def _is_as_settled(ports: Sequence[Port], settled: Settled) -> bool:
+def _is_as_settled(ports: Sequence[Port], settled: Settled, lent_file: Path) -> bool:
     """Blocks. False also where trying again may help, and where the host is in other networks by now."""
     try:
         if _find_faults(ports) != dict(settled.judged) or not batch.lends(settled.ruled):
             return False
-        return not settled.ruled.ports or installed.render(settled.ruled) == settled.rules
+        return not settled.ruled.ports or batch.render(settled.ruled, lent_file) == settled.rules
     except VmsiloError as error:
         log.error("%s", error)
         return True

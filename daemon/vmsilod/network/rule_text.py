@@ -131,3 +131,12 @@ def host_allows(port: Port) -> tuple[Allow, ...]:
 
 def open_allows(port: Port) -> tuple[Allow, ...]:
     return port.allow + nameserver_allows(port)
+
+
+def host_and_group_allows(port: Port) -> tuple[Allow, ...]:
+    """The host takes part in groups too: a network that is nothing but groups opens those."""
+    return tuple(
+        allow
+        for allow in open_allows(port)
+        if allow.network.num_addresses == 1 or allow.network.is_multicast
+    )

@@ -14,7 +14,13 @@ from dataclasses import dataclass
 from ipaddress import ip_network
 from typing import TYPE_CHECKING
 
-from vmsilod.network.frame_rules import own_addresses, render_frame_rules, render_logs, render_opened
+from vmsilod.network.frame_rules import (
+    Ground,
+    own_addresses,
+    render_frame_rules,
+    render_logs,
+    render_opened,
+)
 from vmsilod.network.rule_text import (
     SIZE,
     allow_rules,
@@ -29,6 +35,7 @@ from vmsilod.network.rule_text import (
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from ipaddress import IPv4Address, IPv6Address
 
     from vmsilod.network.plan import Network, NetworkPlan, Port
 
@@ -58,11 +65,15 @@ _UNIQUE_LOCAL = ip_network("fc00::/7")
 @dataclass(frozen=True)
 class Surroundings:
     """What the plan does not say: `nearby`, networks that the host itself is in, which are no internet,
-    whatever their addresses; `devices`, the interfaces that exist, None for all of the plan's TAPs.
+    whatever their addresses; `devices`, the interfaces that exist, None for all of the plan's TAPs; `host`,
+    the host's own addresses but those of the plan; `lent`, the versions of IP that the NAT interface
+    forwards for VMs alone.
     """
 
     nearby: tuple[Network, ...] = ()
     devices: frozenset[str] | None = None
+    host: tuple[IPv4Address | IPv6Address, ...] = ()
+    lent: frozenset[int] = frozenset()
 
 
 def render_ruleset(plan: NetworkPlan, surroundings: Surroundings | None = None) -> str:
@@ -102,12 +113,13 @@ def _render_tables(plan: NetworkPlan, surroundings: Surroundings, version: str) 
     devices = frozenset(port.tap for port in ports if _exists(port, surroundings))
     closed = CLOSED + surroundings.nearby
     mark = f"\tchain {version} {{\n\t}}\n" if version else ""
-    frames = render_frame_rules(ports, devices, closed)
-    packets = _render_packet_rules(plan, ports, closed)
+    frames = render_frame_rules(ports, Ground(devices, closed, surroundings.host))
+    packets = _render_packet_rules(plan, surroundings, closed)
     return f"table netdev {TABLE} {{\n{mark}{frames}}}\ntable inet {TABLE} {{\n{mark}{packets}}}\n"
 
 
-def _render_packet_rules(plan: NetworkPlan, ports: Sequence[Port], closed: Sequence[Network]) -> str:
+def _render_packet_rules(plan: NetworkPlan, surroundings: Surroundings, closed: Sequence[Network]) -> str:
+    ports = ports_of(plan)
     taps = [quoted(port.tap) for port in ports]
     return "".join(
         (
@@ -127,7 +139,7 @@ def _render_packet_rules(plan: NetworkPlan, ports: Sequence[Port], closed: Seque
             ),
             _render_opened(ports),
             _INPUT,
-            _FORWARD,
+            _FORWARD.replace("LENT", _render_lent(plan.nat_interface, surroundings.lent)),
             _render_internet(plan.nat_interface, ports),
         )
     )
@@ -159,6 +171,7 @@ def _render_subnet_homes(ports: Sequence[Port]) -> str:
     """
     chains: list[str] = []
     homes: dict[Network, str] = {}
+    quoting: dict[str, str] = {}
     for port in ports:
         for host in port.host_addresses:
             # nft refuses a map with overlaps; the configuration has none.
@@ -167,8 +180,25 @@ def _render_subnet_homes(ports: Sequence[Port]) -> str:
         if port.dhcp and port.host_addresses:
             rule = f'iifname != {{ {quoted(port.tap)}, "lo" }} goto elsewhere'
             chains.append(render_chain(f"home-{port.tap}", (rule,)))
+            quoting[quoted(port.tap)] = f"jump quoted-{port.tap}"
+            chains.append(render_chain(f"quoted-{port.tap}", _quoted_rules(port)))
     jumps = {str(network): jump for network, jump in homes.items()}
-    return "".join(chains) + render_map("homes4", "type ipv4_addr : verdict", jumps, flags="flags interval")
+    return "".join(
+        (
+            *chains,
+            render_map("homes4", "type ipv4_addr : verdict", jumps, flags="flags interval"),
+            render_map("quoted_homes", "type ifname : verdict", quoting),
+        )
+    )
+
+
+def _quoted_rules(port: Port) -> list[str]:
+    return [
+        f"ct original ip {end} {host.network} ct original ip {end} != {host.ip} accept"
+        for host in port.host_addresses
+        if host.version == 4
+        for end in ("saddr", "daddr")
+    ]
 
 
 def _overlap(one: Network, other: Network) -> bool:
@@ -193,8 +223,12 @@ def _render_opened(ports: Sequence[Port]) -> str:
 # also for connections that are there. Helpers' "related" connections are none of ours.
 _REPLIES = """\
 		ct direction reply ct state established accept
-		ct state related meta l4proto { icmp, ipv6-icmp } accept
+		ct state related meta l4proto { icmp, ipv6-icmp } IS
 """
+_ASKED = _REPLIES.replace("IS", "accept")
+# An error quotes what it is about: from a guest only what it sent or got itself, whatever is open to it. By
+# others' it could end their connections, or hand them its bytes.
+_OF_GUEST = _REPLIES.replace("IS", "goto quoted")
 
 _INPUT = f"""\
 	chain prerouting {{
@@ -208,12 +242,20 @@ _INPUT = f"""\
 		limit rate 6/minute burst 5 packets log prefix "vmsilo: address of a VM from elsewhere "
 		drop
 	}}
+	chain quoted {{
+		iifname . ct original ip saddr @home4 accept
+		iifname . ct original ip daddr @home4 accept
+		iifname . ct original ip6 saddr @home6 accept
+		iifname . ct original ip6 daddr @home6 accept
+		iifname vmap @quoted_homes
+		goto denied
+	}}
 	chain input {{
 		type filter hook input priority filter - 10; policy accept;
 		iifname @taps goto to_host
 	}}
 	chain to_host {{
-{_REPLIES}\
+{_OF_GUEST}\
 		icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} accept
 		iifname @dhcp udp sport 68 udp dport 67 accept
 		iifname vmap @open_host
@@ -228,9 +270,9 @@ _FORWARD = f"""\
 		type filter hook forward priority filter - 10; policy accept;
 		iifname @taps goto from_vm
 		oifname @taps goto to_vm
-	}}
+LENT	}}
 	chain from_vm {{
-{_REPLIES}\
+{_OF_GUEST}\
 		ct state invalid goto denied
 		iifname vmap @open_out
 		ip daddr @closed4 goto denied
@@ -239,7 +281,7 @@ _FORWARD = f"""\
 		goto denied
 	}}
 	chain to_vm {{
-{_REPLIES}\
+{_ASKED}\
 		update @inbound {{ oifname }}
 		drop
 	}}
@@ -256,6 +298,20 @@ _FORWARD = f"""\
 """
 
 
+# A port of the guest's choice could be one that a service of the host answers on: what is sent to that
+# service would reach the guest.
+_TRANSLATED = "masquerade to :32768-60999 fully-random"
+
+
+def _render_lent(nat_interface: str, lent: frozenset[int]) -> str:
+    """The host became a router for its VMs: for its uplink's neighbours it is none."""
+    if not nat_interface:
+        return ""
+    return "".join(
+        f"\t\tmeta nfproto ipv{version} iifname {quoted(nat_interface)} drop\n" for version in sorted(lent)
+    )
+
+
 def _render_internet(nat_interface: str, ports: Sequence[Port]) -> str:
     """Global addresses of IPv6 are not translated: they are the VM's, and routed to it."""
     if not nat_interface:
@@ -263,15 +319,20 @@ def _render_internet(nat_interface: str, ports: Sequence[Port]) -> str:
     routed = [port for port in ports if port.host_addresses]
     subnets = [host.network for port in routed for host in port.host_addresses]
     subnets += [ip_network(own) for port in routed for own in own_addresses(port)]
-    private = [net for net in subnets if net.version == 6 and net.subnet_of(_UNIQUE_LOCAL)]  # type: ignore[arg-type]
+    local6 = [net for net in subnets if net.version == 6 and net.subnet_of(_UNIQUE_LOCAL)]  # type: ignore[arg-type]
     out = f"oifname {quoted(nat_interface)} iifname @routed"
     return "".join(
         (
             render_set("routed", "type ifname", (quoted(port.tap) for port in routed)),
             render_networks("nat4", 4, subnets),
-            render_networks("nat6", 6, private),
+            render_networks("nat6", 6, local6),
             f"\tchain internet {{\n\t\t{out} accept\n\t}}\n",
             "\tchain postrouting {\n\t\ttype nat hook postrouting priority srcnat - 10; policy accept;\n",
-            f"\t\t{out} ip saddr @nat4 masquerade\n\t\t{out} ip6 saddr @nat6 masquerade\n\t}}\n",
+            *(
+                f"\t\t{out} {private} {how}\n"
+                for private in ("ip saddr @nat4", "ip6 saddr @nat6")
+                for how in (f"meta l4proto {{ tcp, udp }} {_TRANSLATED}", "masquerade")
+            ),
+            "\t}\n",
         )
     )

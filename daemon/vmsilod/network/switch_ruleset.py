@@ -88,6 +88,7 @@ def _render_netdev(ports: Sequence[Port], devices: Sequence[str]) -> str:
 		accept
 	}}
 	chain check_ip4 {{
+		icmp type {{ redirect, router-advertisement }} counter name bad_ipv4 goto denied
 		meta iifname . ip saddr @own4 goto from4
 		ip saddr @all4 counter name bad_ipv4 goto denied
 		meta iifname . ip saddr @served4 goto from4

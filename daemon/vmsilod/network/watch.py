@@ -22,8 +22,19 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
-# A network that the host is in counts for the rules, so its addresses are watched too.
+# A network that the host is in counts for the rules, so its addresses and routes are watched too; and
+# whether it forwards (RTNLGRP_IPV4_NETCONF, RTNLGRP_IPV6_NETCONF).
 RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR = 1 << 0, 1 << 4, 1 << 8
+RTMGRP_IPV4_ROUTE, RTMGRP_IPV6_ROUTE = 1 << 6, 1 << 10
+RTMGRP_NETCONF = 1 << 23 | 1 << 24
+RTMGRP_ALL = (
+    RTMGRP_LINK
+    | RTMGRP_IPV4_IFADDR
+    | RTMGRP_IPV6_IFADDR
+    | RTMGRP_IPV4_ROUTE
+    | RTMGRP_IPV6_ROUTE
+    | RTMGRP_NETCONF
+)
 NFNLGRP_NFTABLES = 7
 OUR_TABLES = b"vmsilo"
 EVENT_MAX = 65536
@@ -42,7 +53,7 @@ class NetworkWatch:
         self._sources: list[int] = []
         try:
             rules = self._open(NETLINK_NETFILTER, 1 << (NFNLGRP_NFTABLES - 1))
-            links = self._open(NETLINK_ROUTE, RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR)
+            links = self._open(NETLINK_ROUTE, RTMGRP_ALL)
         except OSError as error:
             log.error("changes of the network by others are not seen: %s", error.strerror)
             self.close()

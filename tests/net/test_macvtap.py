@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import struct
@@ -16,13 +17,13 @@ from vmsilod.errors import Failed, StartFailed
 from vmsilod.network import macvtap
 from vmsilod.network.plan import Port
 from vmsilod.network.stand_ins import read_name
+from vmsilod.network.taps import IFF_VNET_HDR, TUNGETIFF
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 MAC, OTHER, LAN = "02:00:00:00:00:01", "02:00:00:00:00:99", "02:00:00:00:00:50"
 PORT = Port("banking", "wan", "banking-0", MAC, link="phys", addresses=(ip_interface("10.5.0.2/24"),))
-HEADER = bytes(10)  # struct virtio_net_hdr
 
 
 def install(text: str) -> None:
@@ -66,7 +67,7 @@ class Wire:
         self.socket.settimeout(0.2)
 
     def passes(self, fd: int, frame: bytes) -> bool:
-        os.write(fd, HEADER + frame)
+        os.write(fd, frame)
         try:
             while True:
                 if self.socket.recv(2000)[: len(frame)] == frame:
@@ -159,6 +160,16 @@ def test_a_vms_macvtaps_go_and_those_of_others_stay(opened: Callable[[Port], lis
 
 def test_each_queue_is_a_descriptor(opened: Callable[[Port], list[int]]) -> None:
     assert len(opened(replace(PORT, queues=3))) == 3
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_only_a_port_with_offload_has_the_virtio_header(
+    opened: Callable[[Port], list[int]], *, offload: bool
+) -> None:
+    (fd,) = opened(replace(PORT, offload=offload))
+    answer = bytearray(40)
+    fcntl.ioctl(fd, TUNGETIFF, answer)
+    assert bool(struct.unpack_from("H", answer, 16)[0] & IFF_VNET_HDR) is offload
 
 
 def test_one_that_a_killed_daemon_half_made_is_made_anew(opened: Callable[[Port], list[int]]) -> None:

@@ -226,7 +226,7 @@ class _Batch:
             made: list[tuple[Port, int]] = []
             for port in ports:
                 try:
-                    fd = taps.create_tap(port.tap, queues=port.queues)
+                    fd = taps.create_tap(port.tap, queues=port.queues, offload=port.offload)
                 except Failed as error:
                     self._faults[port.tap] = error.message
                     continue

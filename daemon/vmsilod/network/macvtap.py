@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vmsilod.errors import Failed, StartFailed
+from vmsilod.network.taps import TUNSETIFF, tap_flags
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,11 +32,6 @@ CHAIN = "from-vm"
 _DEVICES = Path("/dev")
 _CLASS = Path("/sys/class/net")
 
-# linux/if_tun.h
-TUNSETIFF = 0x400454CA
-TUNGETIFF = 0x800454D2
-_FLAGS = 0x2 | 0x1000 | 0x4000  # IFF_TAP, IFF_NO_PI, IFF_VNET_HDR
-_MULTI_QUEUE = 0x100
 _REQUEST = struct.Struct("16sH22x")  # ifreq: name, flags
 
 
@@ -170,7 +166,7 @@ def _remove_half_made(netlink: Any, port: Port) -> None:
 
 def _open_queues(port: Port, index: int) -> list[int]:
     device = _DEVICES / f"tap{index}"
-    flags = _FLAGS | (_MULTI_QUEUE if port.queues > 1 else 0)
+    flags = tap_flags(port.queues, offload=port.offload)
     fds: list[int] = []
     try:
         number = (_CLASS / port.tap / f"tap{index}" / "dev").read_text().strip()

@@ -63,7 +63,12 @@ def fits(link: Link, port: Port) -> bool:
     all of this by its descriptor.
     """
     shape = TapShape(
-        owner=0, group=None, vnet_hdr=True, pi=False, persistent=True, multi_queue=port.queues > 1
+        owner=0,
+        group=None,
+        vnet_hdr=port.offload,
+        pi=False,
+        persistent=True,
+        multi_queue=port.queues > 1,
     )
     return (
         is_ours(link)

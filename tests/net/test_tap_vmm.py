@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 from net import packets
 from net.packets import BROADCAST, Way
-from net.tap_ground import heard, peer
+from net.tap_ground import SHORT, heard, peer, received
 from pool_tools import applied, ip, pool_at, require_workers_here, run, vm
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from vmsilod.config.model import VmConfig
     from vmsilod.network.pool import NetworkPool
 
+SIOCSIFHWADDR, ARPHRD_ETHER = 0x8924, 1  # linux/sockios.h, linux/if_arp.h
+NOBODY = 65534
 MAC, OWN, GATEWAY = "02:00:00:00:00:01", "192.168.5.12", "192.168.5.1"
 SIOCETHTOOL, ETHTOOL_STXCSUM = 0x8946, 0x17  # linux/sockios.h, linux/ethtool.h
 NEEDS_CSUM = 1  # linux/virtio_net.h
@@ -110,4 +112,62 @@ def test_a_tap_for_another_vmm_is_made_anew(pool: NetworkPool, lan: Peer) -> Non
     assert not struct.unpack_from("H", answer, 16)[0] & 0x4000
     with pytest.raises(FileExistsError):
         fcntl.ioctl(opened.tap_fds[0], 0x400454CA, struct.pack("16sH22x", b"vm1-0", 0x5002))
+    os.close(opened.tap_fds[0])
+
+
+def change_mac(fd: int, mac: str) -> None:
+    """As a VMM that its guest took over does it: without a right to anything."""
+    child = os.fork()
+    if child == 0:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+        request = struct.pack("16sH6s16x", b"vm1-0", ARPHRD_ETHER, packets.mac_bytes(mac))
+        fcntl.ioctl(fd, SIOCSIFHWADDR, request)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_vmm_that_takes_the_address_of_another_machine_does_not_keep_its_traffic(
+    pool: NetworkPool, lan: Peer
+) -> None:
+    ip("addr", "add", "192.168.5.2/24", "dev", "br0")
+    vms = (
+        bridged("qemu"),
+        vm(2, addresses=["192.168.5.13/24"], tap={"host_address": None, "bridge": "br0"}),
+    )
+    applied(pool, *vms)
+    (opened,) = run(pool.open("vm1"))
+    (fd,) = opened.tap_fds
+    (other,) = run(pool.open("vm2"))
+    to_lan = Way("02:00:00:00:00:02", lan.mac(), "192.168.5.13", "8.8.8.8")
+    with (
+        lan.udp_socket(7000) as server,
+        lan.raw_socket() as line,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as host,
+    ):
+        host.connect(("192.168.5.7", 7000))
+        host.send(b"before")
+        assert received(server)
+        change_mac(fd, lan.mac())
+        host.send(b"stolen")
+        assert not received(server, SHORT)
+        applied(pool, *vms)  # what vmsilod does when it hears of it
+        assert "master" not in ip("link", "show", "vm1-0")
+        host.send(b"back")
+        assert received(server)
+        os.write(other.tap_fds[0], packets.udp(to_lan, 4000, 7000, b"from vm2"))
+        assert heard(line, b"from vm2")
+        change_mac(fd, "fe:00:00:00:00:01")
+        applied(pool, *vms)
+        shown = ip("link", "show", "vm1-0")
+        assert "master" not in shown
+        assert ",UP" not in shown
+    os.close(other.tap_fds[0])
+    os.close(fd)
+    run(pool.close("vm1"))
+    shown = ip("link", "show", "vm1-0")
+    assert "master br0" in shown
+    assert "alias vmsilo:vm1:eth0\n" in shown
+    (opened,) = run(pool.open("vm1"))
     os.close(opened.tap_fds[0])

@@ -53,6 +53,11 @@ def alias_of(port: Port) -> str:
     return f"{ALIAS}{port.vm}:{port.interface}"
 
 
+def closed_alias_of(port: Port) -> str:
+    """Of one that its VMM has changed; it is no port's any more, and the VM's until that has ended."""
+    return f"{alias_of(port)}:closed"
+
+
 def host_mac(port: Port) -> str:
     """Of the host's end: never the guest's, and so high that no bridge takes it for its own."""
     return f"{'fa' if port.mac.startswith('fe') else 'fe'}{port.mac[2:]}"

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from net import packets
+from net.packets import Way
 from vmsilod.errors import Failed, StartFailed
 from vmsilod.network import macvtap
 from vmsilod.network.plan import Port
@@ -139,10 +141,74 @@ def test_a_guest_that_asks_by_dhcp_may_have_any_address_but_no_other_mac(
     assert not wire.passes(fd, ethernet(OTHER, 0x0800, udp("10.5.0.3")))
 
 
-def test_the_rules_allow_the_v6_addresses_and_their_link_local_one() -> None:
-    text = macvtap.render_filter(replace(PORT, addresses=(ip_interface("2001:db8::2/64"),)))
-    assert "ip6 saddr { ::, fe80::ff:fe00:1, 2001:db8::2 } accept" in text
-    assert "ether type ip accept" not in text
+V6 = replace(PORT, addresses=(ip_interface("2001:db8::2/64"),))
+OWN6, LINK, ROUTER6 = "2001:db8::2", "fe80::ff:fe00:1", "2001:db8::1"
+HERE6 = Way(MAC, LAN, OWN6, ROUTER6)
+UNSURE = HERE6.of(source="::")
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        packets.udp(HERE6, 4000, 4001),
+        packets.udp(HERE6.of(source=LINK), 4000, 4001),
+        packets.solicit(HERE6, ROUTER6),
+        packets.solicit(UNSURE, OWN6, b""),
+        packets.solicit(UNSURE, LINK, b""),
+        packets.advertise(HERE6, OWN6),
+        packets.advertise(HERE6.of(source=LINK), LINK),
+    ],
+    ids=[
+        "own",
+        "link-local",
+        "asks",
+        "is it free",
+        "is it free, link-local",
+        "answers",
+        "link-local answers",
+    ],
+)
+def test_v6_addresses_and_their_link_local_one_may_be_used(
+    wire: Wire, opened: Callable[[Port], list[int]], frame: bytes
+) -> None:
+    (fd,) = opened(V6)
+    assert wire.passes(fd, frame)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        packets.udp(HERE6.of(source="2001:db8::3"), 4000, 4001),
+        packets.advertise(HERE6, ROUTER6),
+        packets.advertise(HERE6.of(source=ROUTER6), ROUTER6),
+        packets.advertise(HERE6, OWN6, packets.nd_option(2, OTHER)),
+        packets.solicit(HERE6, ROUTER6, packets.nd_option(1, OTHER)),
+        packets.solicit(UNSURE, ROUTER6, b""),
+        packets.fragmented(packets.advertise(HERE6, ROUTER6)),
+        packets.behind_options(packets.advertise(HERE6, ROUTER6)),
+        packets.icmp6(HERE6.of(source=LINK), 134, bytes(12)),
+        packets.udp(HERE6, 547, 546),
+        ethernet(MAC, 0x0800, udp("10.5.0.2")),
+    ],
+    ids=[
+        *("address", "claim", "claim from it", "claim with another mac", "asks with another mac"),
+        *("is another's free", "fragmented claim", "claim behind options", "router", "dhcp server", "no v4"),
+    ],
+)
+def test_what_a_guest_with_v6_may_not_say_does_not_come_out(
+    wire: Wire, opened: Callable[[Port], list[int]], frame: bytes
+) -> None:
+    (fd,) = opened(V6)
+    assert not wire.passes(fd, frame)
+
+
+def test_a_guest_without_v6_addresses_has_no_v6_though_it_asks_by_dhcp(
+    wire: Wire, opened: Callable[[Port], list[int]]
+) -> None:
+    (fd,) = opened(replace(PORT, addresses=(), dhcp=True))
+    assert not wire.passes(fd, packets.udp(HERE6, 4000, 4001))
+    assert not wire.passes(fd, packets.advertise(HERE6.of(source=LINK), LINK))
+    assert wire.passes(fd, ethernet(MAC, 0x0800, udp("10.5.0.3")))
 
 
 def test_a_vms_macvtaps_go_and_those_of_others_stay(opened: Callable[[Port], list[int]]) -> None:

@@ -45,7 +45,7 @@ def require_workers_here() -> None:
         pytest.skip("the workers are in another network namespace: run this folder by itself")
 
 
-def vm(number: int, *, name: str = "", cpus: int = 1, **interface: Any) -> VmConfig:
+def vm(number: int, *, name: str = "", cpus: int = 1, vmm: str = "qemu", **interface: Any) -> VmConfig:
     """VM `vmNUMBER` with one interface, routed: 10.HIGH.LOW.1/24 on the host, .2 in the guest."""
     name = name or f"vm{number}"
     high, low = divmod(number, 250)
@@ -57,7 +57,7 @@ def vm(number: int, *, name: str = "", cpus: int = 1, **interface: Any) -> VmCon
     } | interface
     return VmConfig.model_validate(
         {
-            **{"name": name, "user": "root", "memory": 512, "cpus": cpus, "color": "red", "vmm": "qemu"},
+            **{"name": name, "user": "root", "memory": 512, "cpus": cpus, "color": "red", "vmm": vmm},
             **{"image": "default", "start_timeout": 60, "stop_timeout": 60},
             "network": {"interfaces": {"eth0": options}},
         }

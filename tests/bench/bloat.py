@@ -118,7 +118,7 @@ class Bench:
 
 def make_nic(port: Port) -> int:
     """In the guest's namespace."""
-    fd = taps.create_tap("eth0", queues=1)
+    fd = taps.create_tap("eth0", queues=1, offload=True)
     for argv in (
         ["ip", "link", "set", "eth0", "address", port.mac, "txqueuelen", str(GUEST_RING), "up"],
         ["ip", "addr", "add", str(port.addresses[0]), "dev", "eth0"],
@@ -130,7 +130,7 @@ def make_nic(port: Port) -> int:
 
 def make_bridge_port(port: Port) -> int:
     """In the bridge's namespace, with what the kernel gives to a TAP, but pfifo."""
-    fd = taps.create_tap(port.tap, queues=1)
+    fd = taps.create_tap(port.tap, queues=1, offload=True)
     for argv in (
         ["tc", "qdisc", "replace", "dev", port.tap, "root", "pfifo"],
         ["ip", "link", "set", port.tap, "master", "br0", "up"],
@@ -177,7 +177,7 @@ def measure_switch(ports: tuple[Port, ...], *, slow: bool) -> tuple[Found, bool]
 
 
 def measure() -> None:
-    ports = tuple(make_port(name[:8], number) for number, name in enumerate(NAMES, 2))
+    ports = tuple(make_port(name[:8], number, offload=True) for number, name in enumerate(NAMES, 2))
     rows, notes = [], []
     for slow in (False, True):
         bridge = measure_bridge(ports, slow=slow)

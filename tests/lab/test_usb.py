@@ -152,7 +152,7 @@ def test_a_vm_without_a_controller_says_what_to_do(host: Host, vmm: str) -> None
 
 
 def test_a_rule_attaches_and_the_end_of_the_vm_leaves_it_to_nobody(host: Host, vm: str, vmm: str) -> None:
-    """Changed while the VM runs, which has a controller; a new run, since in the last one it was detached."""
+    """Changed while the VM runs, which has a controller; a new run: in the last it was detached."""
     host.run(f"vm-stop --force {vm}")
     host.run(f"vm-start --wait {vm}", timeout=1000)
     host.define(vm, f'{SHAPE}vmm = "{vmm}"\nusb_devices = ["{STICK}"]\n')

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 T = TypeVar("T")
-HEADER = 10  # bytes of struct virtio_net_hdr in front of each frame
+HEADER = 10  # bytes of struct virtio_net_hdr in front of each frame, where the port has it
 ANSWER_SECONDS = 2.0
 QUIET_SECONDS = 0.15
 LAN = "lan"
@@ -79,17 +79,21 @@ class Guest:
     def mac(self) -> str:
         return self.port.mac
 
+    @property
+    def _header(self) -> int:
+        return HEADER if self.port.offload else 0
+
     def address(self, version: int = 4) -> str:
         return next(str(own.ip) for own in self.port.addresses if own.version == version)
 
     def send(self, frame: bytes) -> None:
-        os.write(self.fd, bytes(HEADER) + frame)
+        os.write(self.fd, bytes(self._header) + frame)
 
     def receive(self, seconds: float = ANSWER_SECONDS) -> Frame | None:
         """The next frame, None when none comes."""
         if not select.select([self.fd], [], [], seconds)[0]:
             return None
-        return Frame(os.read(self.fd, 70_000)[HEADER:])
+        return Frame(os.read(self.fd, 70_000)[self._header :])
 
     def find(self, payload: bytes, seconds: float = ANSWER_SECONDS) -> Frame | None:
         """The frame with that UDP payload; others are passed over."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import struct
@@ -12,17 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from net import packets
+from net.packets import Way
 from vmsilod.errors import Failed, StartFailed
 from vmsilod.network import macvtap
 from vmsilod.network.plan import Port
 from vmsilod.network.stand_ins import read_name
+from vmsilod.network.taps import IFF_VNET_HDR, TUNGETIFF
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 MAC, OTHER, LAN = "02:00:00:00:00:01", "02:00:00:00:00:99", "02:00:00:00:00:50"
 PORT = Port("banking", "wan", "banking-0", MAC, link="phys", addresses=(ip_interface("10.5.0.2/24"),))
-HEADER = bytes(10)  # struct virtio_net_hdr
 
 
 def install(text: str) -> None:
@@ -66,7 +69,7 @@ class Wire:
         self.socket.settimeout(0.2)
 
     def passes(self, fd: int, frame: bytes) -> bool:
-        os.write(fd, HEADER + frame)
+        os.write(fd, frame)
         try:
             while True:
                 if self.socket.recv(2000)[: len(frame)] == frame:
@@ -138,10 +141,74 @@ def test_a_guest_that_asks_by_dhcp_may_have_any_address_but_no_other_mac(
     assert not wire.passes(fd, ethernet(OTHER, 0x0800, udp("10.5.0.3")))
 
 
-def test_the_rules_allow_the_v6_addresses_and_their_link_local_one() -> None:
-    text = macvtap.render_filter(replace(PORT, addresses=(ip_interface("2001:db8::2/64"),)))
-    assert "ip6 saddr { ::, fe80::ff:fe00:1, 2001:db8::2 } accept" in text
-    assert "ether type ip accept" not in text
+V6 = replace(PORT, addresses=(ip_interface("2001:db8::2/64"),))
+OWN6, LINK, ROUTER6 = "2001:db8::2", "fe80::ff:fe00:1", "2001:db8::1"
+HERE6 = Way(MAC, LAN, OWN6, ROUTER6)
+UNSURE = HERE6.of(source="::")
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        packets.udp(HERE6, 4000, 4001),
+        packets.udp(HERE6.of(source=LINK), 4000, 4001),
+        packets.solicit(HERE6, ROUTER6),
+        packets.solicit(UNSURE, OWN6, b""),
+        packets.solicit(UNSURE, LINK, b""),
+        packets.advertise(HERE6, OWN6),
+        packets.advertise(HERE6.of(source=LINK), LINK),
+    ],
+    ids=[
+        "own",
+        "link-local",
+        "asks",
+        "is it free",
+        "is it free, link-local",
+        "answers",
+        "link-local answers",
+    ],
+)
+def test_v6_addresses_and_their_link_local_one_may_be_used(
+    wire: Wire, opened: Callable[[Port], list[int]], frame: bytes
+) -> None:
+    (fd,) = opened(V6)
+    assert wire.passes(fd, frame)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        packets.udp(HERE6.of(source="2001:db8::3"), 4000, 4001),
+        packets.advertise(HERE6, ROUTER6),
+        packets.advertise(HERE6.of(source=ROUTER6), ROUTER6),
+        packets.advertise(HERE6, OWN6, packets.nd_option(2, OTHER)),
+        packets.solicit(HERE6, ROUTER6, packets.nd_option(1, OTHER)),
+        packets.solicit(UNSURE, ROUTER6, b""),
+        packets.fragmented(packets.advertise(HERE6, ROUTER6)),
+        packets.behind_options(packets.advertise(HERE6, ROUTER6)),
+        packets.icmp6(HERE6.of(source=LINK), 134, bytes(12)),
+        packets.udp(HERE6, 547, 546),
+        ethernet(MAC, 0x0800, udp("10.5.0.2")),
+    ],
+    ids=[
+        *("address", "claim", "claim from it", "claim with another mac", "asks with another mac"),
+        *("is another's free", "fragmented claim", "claim behind options", "router", "dhcp server", "no v4"),
+    ],
+)
+def test_what_a_guest_with_v6_may_not_say_does_not_come_out(
+    wire: Wire, opened: Callable[[Port], list[int]], frame: bytes
+) -> None:
+    (fd,) = opened(V6)
+    assert not wire.passes(fd, frame)
+
+
+def test_a_guest_without_v6_addresses_has_no_v6_though_it_asks_by_dhcp(
+    wire: Wire, opened: Callable[[Port], list[int]]
+) -> None:
+    (fd,) = opened(replace(PORT, addresses=(), dhcp=True))
+    assert not wire.passes(fd, packets.udp(HERE6, 4000, 4001))
+    assert not wire.passes(fd, packets.advertise(HERE6.of(source=LINK), LINK))
+    assert wire.passes(fd, ethernet(MAC, 0x0800, udp("10.5.0.3")))
 
 
 def test_a_vms_macvtaps_go_and_those_of_others_stay(opened: Callable[[Port], list[int]]) -> None:
@@ -161,6 +228,16 @@ def test_a_vms_macvtaps_go_and_those_of_others_stay(opened: Callable[[Port], lis
 
 def test_each_queue_is_a_descriptor(opened: Callable[[Port], list[int]]) -> None:
     assert len(opened(replace(PORT, queues=3))) == 3
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_only_a_port_with_offload_has_the_virtio_header(
+    opened: Callable[[Port], list[int]], *, offload: bool
+) -> None:
+    (fd,) = opened(replace(PORT, offload=offload))
+    answer = bytearray(40)
+    fcntl.ioctl(fd, TUNGETIFF, answer)
+    assert bool(struct.unpack_from("H", answer, 16)[0] & IFF_VNET_HDR) is offload
 
 
 def test_one_that_a_killed_daemon_half_made_is_made_anew(opened: Callable[[Port], list[int]]) -> None:

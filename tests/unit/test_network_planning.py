@@ -126,6 +126,14 @@ def test_queues_are_as_many_as_the_vmm_can_use(tmp_path: Path, lines: str, queue
 
 
 @pytest.mark.parametrize(
+    ("vmm", "offload"), [("qemu", False), ("cloud-hypervisor", True), ("crosvm", True), ("auto", True)]
+)
+def test_only_a_vmm_that_insists_gets_the_virtio_header(tmp_path: Path, vmm: str, *, offload: bool) -> None:
+    (port,) = plan(load(tmp_path, {"a": f'vmm = "{vmm}"\n[network.interfaces.x]'})).ports
+    assert port.offload is offload
+
+
+@pytest.mark.parametrize(
     ("first", "second", "expected"),
     [
         # The more specific way, by a route or by being there.

@@ -21,6 +21,7 @@ from vmsilod.network.links import has_devices, open_links
 from vmsilod.network.plan import NetworkPlan
 from vmsilod.network.sight import (
     alias_of,
+    closed_alias_of,
     fits,
     host_mac,
     host_ports,
@@ -195,8 +196,15 @@ class _Batch:
 
     def _shut(self, port: Port) -> None:
         link = self._sight.links.get(port.tap)
-        if link is not None and is_ours(link) and link.up:
+        if link is not None and is_ours(link):
+            self._close(link)
+
+    def _close(self, link: Link) -> None:
+        """Down, and out of a bridge: that goes on sending what is for the address of a port that is down."""
+        if link.up:
             self._links.set_state(link.index, up=False)
+        if link.master:
+            self._links.join_bridge(link.index, 0)
 
     def _remove_unwanted(self) -> None:
         wanted = {port.tap: port for port in self._ports}
@@ -218,21 +226,26 @@ class _Batch:
                 self._faults[name] = f"the TAP '{name}' cannot be removed"
 
     def _keep_open(self, link: Link, port: Port | None) -> None:
-        """A running VM has it: what its VMM has changed, or not let go of, closes it until the VM's end."""
+        """A running VM has it: what its VMM has changed or not let go of closes it until the VM's end, also
+        if it is changed back, or a VMM could steal what is for others again and again.
+        """
         if port is not None and fits(link, port):
             return
         fact = "is no part of its configuration" if port is None else "is not as vmsilo made it"
-        log.error("VM %s: its TAP '%s' %s; it is down", owner_of(link), link.name, fact)
         self._faults[link.name] = f"the TAP '{link.name}' {fact}"
-        if link.up:
-            self._links.set_state(link.index, up=False)
+        closed = closed_alias_of(port) if port is not None else link.alias
+        if link.up or link.alias != closed:
+            log.error("VM %s: its TAP '%s' %s; it is down", owner_of(link), link.name, fact)
+        self._close(link)
+        if link.alias != closed:
+            self._links.set_alias(link.index, closed)
 
     def _make(self, ports: Sequence[Port]) -> None:
         with ExitStack() as stack:
             made: list[tuple[Port, int]] = []
             for port in ports:
                 try:
-                    fd = taps.create_tap(port.tap, queues=port.queues)
+                    fd = taps.create_tap(port.tap, queues=port.queues, offload=port.offload)
                 except Failed as error:
                     self._faults[port.tap] = error.message
                     continue

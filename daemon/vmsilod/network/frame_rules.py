@@ -45,12 +45,47 @@ _TO_GROUP = "ether daddr & 01:00:00:00:00:00 == 01:00:00:00:00:00"
 
 # ND by its bytes, since nft 1.0.6 has no words for them: the target is 8 bytes into the message, the only
 # option that may be there follows it (type, length in units of 8, link-layer address).
-_TARGET, _OPTION, _OPTION_MAC = "@th,64,128", "@th,192,16", "@th,208,48"
+ND_TARGET, _OPTION, ND_OPTION_MAC = "@th,64,128", "@th,192,16", "@th,208,48"
 _SOLICITING_ROUTER_OPTION, _SOLICITING_ROUTER_MAC = "@th,64,16", "@th,80,48"
 
 # BOOTP (RFC 2131): op, yiaddr and chaddr, behind 8 bytes of UDP.
 _OP, _YIADDR, _CHADDR = "@th,64,8", "@th,192,32", "@th,288,48"
 _ARP_SENDER, _IP_SOURCE = "@nh,112,32", "@nh,96,32"
+
+# What ND messages may claim, asked of the sets own6, nd_own6 and nd_macs; `WHO` is how these begin.
+_ND_CHAINS = f"""\
+	chain nd_solicit {{
+		ip6 nexthdr != ipv6-icmp goto lie_nd
+		ip6 saddr :: goto nd_probe
+		WHOip6 saddr != @own6 goto lie_nd
+		ip6 length 24 accept
+		ip6 length 32 {_OPTION} 0x0101 WHO{ND_OPTION_MAC} @nd_macs accept
+		goto lie_nd
+	}}
+	chain nd_probe {{
+		WHO{ND_TARGET} != @nd_own6 goto lie_nd
+		ip6 length 24 accept
+		# A nonce (RFC 7527).
+		ip6 length 32 {_OPTION} 0x0e01 accept
+		goto lie_nd
+	}}
+	chain nd_advert {{
+		ip6 nexthdr != ipv6-icmp goto lie_nd
+		WHOip6 saddr != @own6 goto lie_nd
+		WHO{ND_TARGET} != @nd_own6 goto lie_nd
+		ip6 length 24 accept
+		ip6 length 32 {_OPTION} 0x0201 WHO{ND_OPTION_MAC} @nd_macs accept
+		goto lie_nd
+	}}
+	chain nd_router_solicit {{
+		ip6 nexthdr != ipv6-icmp goto lie_nd
+		ip6 saddr :: ip6 length 8 accept
+		WHOip6 saddr != @own6 goto lie_nd
+		ip6 length 8 accept
+		ip6 length 16 {_SOLICITING_ROUTER_OPTION} 0x0101 WHO{_SOLICITING_ROUTER_MAC} @nd_macs accept
+		goto lie_nd
+	}}
+"""
 
 _CHAINS = f"""\
 	chain frame {{
@@ -124,37 +159,6 @@ nd-router-solicit : goto nd_router_solicit }}
 		ip6 daddr @taken6 goto denied
 		accept
 	}}
-	chain nd_solicit {{
-		ip6 nexthdr != ipv6-icmp goto lie_nd
-		ip6 saddr :: goto nd_probe
-		iifname . ip6 saddr != @own6 goto lie_nd
-		ip6 length 24 accept
-		ip6 length 32 {_OPTION} 0x0101 iifname . {_OPTION_MAC} @nd_macs accept
-		goto lie_nd
-	}}
-	chain nd_probe {{
-		iifname . {_TARGET} != @nd_own6 goto lie_nd
-		ip6 length 24 accept
-		# A nonce (RFC 7527).
-		ip6 length 32 {_OPTION} 0x0e01 accept
-		goto lie_nd
-	}}
-	chain nd_advert {{
-		ip6 nexthdr != ipv6-icmp goto lie_nd
-		iifname . ip6 saddr != @own6 goto lie_nd
-		iifname . {_TARGET} != @nd_own6 goto lie_nd
-		ip6 length 24 accept
-		ip6 length 32 {_OPTION} 0x0201 iifname . {_OPTION_MAC} @nd_macs accept
-		goto lie_nd
-	}}
-	chain nd_router_solicit {{
-		ip6 nexthdr != ipv6-icmp goto lie_nd
-		ip6 saddr :: ip6 length 8 accept
-		iifname . ip6 saddr != @own6 goto lie_nd
-		ip6 length 8 accept
-		ip6 length 16 {_SOLICITING_ROUTER_OPTION} 0x0101 iifname . {_SOLICITING_ROUTER_MAC} @nd_macs accept
-		goto lie_nd
-	}}
 	chain bridged_to_host {{
 		iifname vmap @bridged_open_host
 		{_TO_GROUP} goto denied_quietly
@@ -209,9 +213,17 @@ def render_frame_rules(ports: Sequence[Port], ground: Ground) -> str:
                 for kind in LIES
             ),
             _CHAINS,
+            render_nd_chains("iifname . "),
             "".join(_render_hooks(port) for port in ports if port.tap in ground.devices),
         )
     )
+
+
+def render_nd_chains(who: str) -> str:
+    """`nd_solicit`, `nd_advert` and `nd_router_solicit`; a lie goes to `lie_nd`. `who` is "iifname . " where
+    a table is of many TAPs.
+    """
+    return _ND_CHAINS.replace("WHO", who)
 
 
 def _render_hooks(port: Port) -> str:
@@ -249,7 +261,7 @@ def _render_identities(ports: Sequence[Port], host: Sequence[IPv4Address | IPv6A
             render_set("macs", "type ifname . ether_addr", (f"{tap} . {mac}" for tap, mac in macs)),
             render_set(
                 "nd_macs",
-                f"typeof iifname . {_OPTION_MAC}",
+                f"typeof iifname . {ND_OPTION_MAC}",
                 (f"{tap} . 0x{mac.replace(':', '')}" for tap, mac in macs),
             ),
             render_set(
@@ -260,7 +272,7 @@ def _render_identities(ports: Sequence[Port], host: Sequence[IPv4Address | IPv6A
             ),
             render_set(
                 "nd_own6",
-                f"typeof iifname . {_TARGET}",
+                f"typeof iifname . {ND_TARGET}",
                 (f"{quoted(port.tap)} . 0x{int(own):032x}" for port, own in own6),
             ),
             render_set("taken4", "type ipv4_addr", map(str, taken4)),

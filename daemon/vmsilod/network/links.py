@@ -100,6 +100,10 @@ class Links:
         with _translated(f"mark device {index}"):
             self._socket.link("set", index=index, group=OURS, ifalias=alias, address=mac)
 
+    def set_alias(self, index: int, alias: str) -> None:
+        with _translated(f"mark device {index}"):
+            self._socket.link("set", index=index, ifalias=alias)
+
     def set_state(self, index: int, *, up: bool) -> None:
         with _translated(f"set device {index} {'up' if up else 'down'}"):
             self._socket.link("set", index=index, state="up" if up else "down")

@@ -13,11 +13,14 @@ import fcntl
 import os
 import struct
 from contextlib import contextmanager
-from ipaddress import IPv6Address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vmsilod.errors import Failed, StartFailed
+from vmsilod.network.frame_rules import ND_OPTION_MAC, ND_TARGET, render_nd_chains
+from vmsilod.network.names import derive_link_local
+from vmsilod.network.rule_text import render_chain, render_set
+from vmsilod.network.taps import TUNSETIFF, tap_flags
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,11 +34,6 @@ CHAIN = "from-vm"
 _DEVICES = Path("/dev")
 _CLASS = Path("/sys/class/net")
 
-# linux/if_tun.h
-TUNSETIFF = 0x400454CA
-TUNGETIFF = 0x800454D2
-_FLAGS = 0x2 | 0x1000 | 0x4000  # IFF_TAP, IFF_NO_PI, IFF_VNET_HDR
-_MULTI_QUEUE = 0x100
 _REQUEST = struct.Struct("16sH22x")  # ifreq: name, flags
 
 
@@ -88,14 +86,14 @@ def find_owners() -> set[str]:
 
 def render_filter(port: Port) -> str:
     """What the guest may send: frames from its own address, claims and packets of its own addresses, or of
-    any where it asks by DHCP or none is configured; never what a router or a DHCP server says.
+    any IPv4 address where it asks by DHCP or none is configured; no IPv6 without an address of that; never
+    what a router or a DHCP server says.
     """
     v4 = [str(address.ip) for address in port.addresses if address.version == 4]
-    v6 = [str(address.ip) for address in port.addresses if address.version == 6]
+    v6 = [address.ip for address in port.addresses if address.version == 6]
     free = port.dhcp or not port.addresses
     arp = "" if free else f" arp saddr ip {{ {', '.join(['0.0.0.0', *v4])} }}"
     from_v4 = "" if free else f" ip saddr {{ {', '.join(v4)} }}"
-    from_v6 = "" if free else f" ip6 saddr {{ {', '.join(['::', _derive_link_local(port.mac), *v6])} }}"
     table = f"netdev {table_of(port)}"
     rules = [
         f"type filter hook egress device {port.tap} priority filter; policy drop;",
@@ -104,13 +102,38 @@ def render_filter(port: Port) -> str:
         "icmpv6 type { nd-router-advert, nd-redirect } counter drop",
         f"ether type arp arp saddr ether {port.mac}{arp} accept",
         *([f"ether type ip{from_v4} accept"] if free or v4 else []),
-        *([f"ether type ip6{from_v6} accept"] if free or v6 else []),
+        *(["ether type ip6 goto check_ip6"] if v6 else []),
         "counter",
     ]
-    body = "\n".join(f"        {rule}" for rule in rules)
     return (
         f"add table {table}\ndelete table {table}\n"
-        f"table {table} {{\n    chain {CHAIN} {{\n{body}\n    }}\n}}\n"
+        f"table {table} {{\n{_render_ip6(port) if v6 else ''}{render_chain(CHAIN, rules)}}}\n"
+    )
+
+
+def _render_ip6(port: Port) -> str:
+    """What a TAP's IPv6 is asked, too."""
+    own = [address.ip for address in port.addresses if address.version == 6]
+    own.append(derive_link_local(port.mac))
+    return "".join(
+        (
+            render_set("own6", "type ipv6_addr", map(str, own)),
+            render_set("nd_own6", f"typeof {ND_TARGET}", (f"0x{int(address):032x}" for address in own)),
+            render_set("nd_macs", f"typeof {ND_OPTION_MAC}", (f"0x{port.mac.replace(':', '')}",)),
+            render_chain("lie_nd", ("counter drop",)),
+            render_nd_chains(""),
+            render_chain(
+                "check_ip6",
+                (
+                    "ip6 hoplimit 255 exthdr frag exists goto lie_nd",
+                    "icmpv6 type vmap { nd-neighbor-solicit : goto nd_solicit, "
+                    "nd-neighbor-advert : goto nd_advert, nd-router-solicit : goto nd_router_solicit }",
+                    "ip6 saddr @own6 accept",
+                    "ip6 saddr :: icmpv6 type { mld-listener-report, mld2-listener-report } accept",
+                    "counter",
+                ),
+            ),
+        )
     )
 
 
@@ -121,13 +144,6 @@ def render_removal(port: Port) -> str:
 
 def table_of(port: Port) -> str:
     return f"vmsilo-macvtap-{port.tap}"
-
-
-def _derive_link_local(mac: str) -> str:
-    """EUI-64, as the guest forms it."""
-    parts = bytes.fromhex(mac.replace(":", ""))
-    host = bytes([parts[0] ^ 2, *parts[1:3], 0xFF, 0xFE, *parts[3:]])
-    return str(IPv6Address(b"\xfe\x80" + bytes(6) + host))
 
 
 def _create(netlink: Any, port: Port) -> int:
@@ -175,7 +191,7 @@ def _remove_half_made(netlink: Any, port: Port) -> None:
 
 def _open_queues(port: Port, index: int) -> list[int]:
     device = _DEVICES / f"tap{index}"
-    flags = _FLAGS | (_MULTI_QUEUE if port.queues > 1 else 0)
+    flags = tap_flags(port.queues, offload=port.offload)
     fds: list[int] = []
     try:
         number = (_CLASS / port.tap / f"tap{index}" / "dev").read_text().strip()

@@ -38,6 +38,9 @@ class Port:
     `host_addresses` (routed by the host), `bridge` (an existing bridge of the host), `network` (a VM-to-VM
     network, in a network namespace of its own), `link` (an interface of the host that a macvtap is on; `tap`
     is its name), none of them (a TAP that is only filtered).
+    `offload`: frames have the virtio header, by which guests leave checksums and the cutting of segments to
+    the kernel. What the kernel then writes into a frame it writes after the rules have judged it, so only a
+    VMM that insists has it.
     `addresses` are the guest's own; with `dhcp` it asks for more. `served` are other networks behind this VM
     (vm_network.routes).
     """
@@ -47,6 +50,7 @@ class Port:
     tap: str
     mac: str
     queues: int = 1
+    offload: bool = False
     host_addresses: tuple[Interface, ...] = ()
     bridge: str = ""
     network: str = ""

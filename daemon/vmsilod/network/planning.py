@@ -81,6 +81,7 @@ def _plan_vm(vm: VmConfig, live: VmConfig) -> list[Port]:
                 tap=interface.tap.name or derive_tap(vm.name, index),
                 mac=interface.mac_address or derive_mac(vm.name, name),
                 queues=count_queues(vm),
+                offload=needs_header(vm),
                 host_addresses=interface.host_addresses,
                 bridge=interface.tap.bridge or "",
                 network=interface.vm_network.name or "",
@@ -105,6 +106,13 @@ def count_queues(vm: VmConfig) -> int:
     crosvm: whoever knows what it became gives configurations that say so.
     """
     return min(vm.cpus, QUEUES_MAX) if vm.vmm in ("qemu", "cloud-hypervisor") else 1
+
+
+def needs_header(vm: VmConfig) -> bool:
+    """crosvm and cloud-hypervisor refuse a TAP without the virtio header, QEMU looks what it got. "auto" may
+    become crosvm.
+    """
+    return vm.vmm != "qemu"
 
 
 def _has_way(nameserver: str, name: str, interfaces: Mapping[str, InterfaceOptions]) -> bool:

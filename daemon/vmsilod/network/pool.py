@@ -266,7 +266,7 @@ def _open_port(port: Port) -> list[int]:
     if link is None or link.tap is None or link.tap.queues:
         # Of one with a single queue the kernel says so itself.
         raise StartFailed(f"cannot open the TAP '{port.tap}': another process has it open")
-    return open_queues(port.tap, link.index, port.queues)
+    return open_queues(port, link.index)
 
 
 def _find_faults(ports: Sequence[Port]) -> dict[str, str]:

@@ -53,6 +53,11 @@ def alias_of(port: Port) -> str:
     return f"{ALIAS}{port.vm}:{port.interface}"
 
 
+def closed_alias_of(port: Port) -> str:
+    """Of one that its VMM has changed; it is no port's any more, and the VM's until that has ended."""
+    return f"{alias_of(port)}:closed"
+
+
 def host_mac(port: Port) -> str:
     """Of the host's end: never the guest's, and so high that no bridge takes it for its own."""
     return f"{'fa' if port.mac.startswith('fe') else 'fe'}{port.mac[2:]}"
@@ -63,7 +68,12 @@ def fits(link: Link, port: Port) -> bool:
     all of this by its descriptor.
     """
     shape = TapShape(
-        owner=0, group=None, vnet_hdr=True, pi=False, persistent=True, multi_queue=port.queues > 1
+        owner=0,
+        group=None,
+        vnet_hdr=port.offload,
+        pi=False,
+        persistent=True,
+        multi_queue=port.queues > 1,
     )
     return (
         is_ours(link)

@@ -106,7 +106,7 @@ def open_port(ports: Sequence[Port], port: Port) -> list[int]:
         link = links.find_all().get(port.tap)
     if link is None or not link.up or not fits(link, port):
         raise StartFailed(f"the TAP '{port.tap}' is not as vmsilo made it")
-    return taps.open_queues(port.tap, link.index, port.queues)
+    return taps.open_queues(port, link.index)
 
 
 def plan_ways(ports: Sequence[Port], devices: Mapping[str, int]) -> tuple[set[Way], set[Neighbour]]:
@@ -188,7 +188,7 @@ def _create_taps(links: Links, ports: Sequence[Port]) -> None:
     for first in range(0, len(ports), CHUNK):
         with ExitStack() as stack:
             for port in ports[first : first + CHUNK]:
-                fd = taps.create_tap(port.tap, queues=port.queues)
+                fd = taps.create_tap(port.tap, queues=port.queues, offload=port.offload)
                 stack.callback(os.close, fd)
                 links.mark(socket.if_nametoindex(port.tap), alias=alias_of(port), mac=host_mac(port))
                 taps.make_persistent(fd)

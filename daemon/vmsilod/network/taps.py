@@ -13,8 +13,12 @@ import fcntl
 import os
 import socket
 import struct
+from typing import TYPE_CHECKING
 
 from vmsilod.errors import Failed, StartFailed
+
+if TYPE_CHECKING:
+    from vmsilod.network.plan import Port
 
 NODE = "/dev/net/tun"
 
@@ -30,20 +34,20 @@ TUNSETVNETHDRSZ = 0x400454D8
 IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, IFF_MULTI_QUEUE = 0x2, 0x1000, 0x4000, 0x100
 IFF_PERSIST, IFF_TUN_EXCL = 0x800, 0x8000
 _REQUEST = struct.Struct("16sH22x")  # ifreq: name, flags
-_KIND = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
+_KIND = IFF_TAP | IFF_NO_PI
 _NO_LIMIT = 0x7FFFFFFF
 _PLAIN_HEADER = 10  # bytes; struct virtio_net_hdr
 NAME_MAX = 15
 
 
-def create_tap(name: str, *, queues: int) -> int:
+def create_tap(name: str, *, queues: int, offload: bool) -> int:
     """A new TAP that ends with the returned descriptor, until `make_persistent`. Down, root's.
 
-    Raises Failed, also where a device of that name exists.
+    `offload` as in Port. Raises Failed, also where a device of that name exists.
     """
     fd = _open_node()
     try:
-        _attach(fd, name, _flags(queues) | IFF_TUN_EXCL)
+        _attach(fd, name, tap_flags(queues, offload=offload) | IFF_TUN_EXCL)
         # Without an owner any user could open a queue of it once it is persistent: the node is open to all.
         fcntl.ioctl(fd, TUNSETOWNER, 0)
     except OSError as error:
@@ -61,17 +65,18 @@ def make_persistent(fd: int) -> None:
     fcntl.ioctl(fd, TUNSETPERSIST, 1)
 
 
-def open_queues(name: str, index: int, queues: int) -> list[int]:
-    """Descriptors of the persistent TAP that is device number `index`, as if it were new. Raises
+def open_queues(port: Port, index: int) -> list[int]:
+    """Descriptors of the port's persistent TAP, which is device number `index`, as if it were new. Raises
     StartFailed, and then holds nothing.
     """
+    flags = tap_flags(port.queues, offload=port.offload)
     fds: list[int] = []
     try:
-        for _ in range(queues):
+        for _ in range(port.queues):
             fd = _open_node()
             fds.append(fd)
-            _attach(fd, name, _flags(queues))
-            _require_shape(fd, name, index, queues)
+            _attach(fd, port.tap, flags)
+            _require_shape(fd, port.tap, index, flags)
             _forget_last_user(fd)
     except (OSError, Failed) as error:
         for fd in fds:
@@ -79,7 +84,7 @@ def open_queues(name: str, index: int, queues: int) -> list[int]:
         fact = error.strerror if isinstance(error, OSError) else error.message
         if isinstance(error, OSError) and error.errno == errno.EBUSY:
             fact = "another process has it open"
-        raise StartFailed(f"cannot open the TAP '{name}': {fact}") from error
+        raise StartFailed(f"cannot open the TAP '{port.tap}': {fact}") from error
     return fds
 
 
@@ -90,8 +95,9 @@ def _open_node() -> int:
         raise Failed(f"cannot open {NODE}: {error.strerror}") from error
 
 
-def _flags(queues: int) -> int:
-    return _KIND | (IFF_MULTI_QUEUE if queues > 1 else 0)
+def tap_flags(queues: int, *, offload: bool) -> int:
+    """Of a TAP's descriptors, and of a macvtap's."""
+    return _KIND | (IFF_VNET_HDR if offload else 0) | (IFF_MULTI_QUEUE if queues > 1 else 0)
 
 
 def _attach(fd: int, name: str, flags: int) -> None:
@@ -101,13 +107,13 @@ def _attach(fd: int, name: str, flags: int) -> None:
     fcntl.ioctl(fd, TUNSETIFF, _REQUEST.pack(data, flags))
 
 
-def _require_shape(fd: int, name: str, index: int, queues: int) -> None:
+def _require_shape(fd: int, name: str, index: int, wanted: int) -> None:
     """The name may have changed hands since it was looked up; one that is gone would just have been made."""
     answer = bytearray(_REQUEST.size)
     fcntl.ioctl(fd, TUNGETIFF, answer)
     flags = _REQUEST.unpack(answer)[1]
-    wanted = _flags(queues) | IFF_PERSIST
-    if flags & (wanted | IFF_MULTI_QUEUE) != wanted or socket.if_nametoindex(name) != index:
+    told = IFF_PERSIST | _KIND | IFF_VNET_HDR | IFF_MULTI_QUEUE
+    if flags & told != wanted | IFF_PERSIST or socket.if_nametoindex(name) != index:
         raise Failed("it is not the one that was made for this VM")
 
 

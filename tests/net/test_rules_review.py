@@ -14,7 +14,7 @@ from net import packets
 from net.networks import Desk, gateway_of, make_port, make_router
 from net.packets import BROADCAST, Way
 from net.rules_world import INTERNET, INTERNET6, LAN, LAN6, WAN, WAN6, A, B, C, D, E, World, allow
-from net.tap_ground import SHORT, WAIT, heard, ip, mac_of, peer, received, set_sysctl
+from net.tap_ground import SHORT, WAIT, heard, ip, mac_of, peer, received, run, set_sysctl
 from vmsilod.network import batch, forwarding, nft
 
 if TYPE_CHECKING:
@@ -218,6 +218,20 @@ def test_lent_forwarding_makes_the_host_no_router_of_its_uplink(
                 set_sysctl(f"net/{family}/conf/{tap}/{key}", "1")
             world.say(A, internet, PORT)
             assert received(outside) is not None, "VMs are routed all the same"
+
+
+@pytest.mark.parametrize(
+    "emptied",
+    ["table inet vmsilo", "table netdev vmsilo", "chain inet vmsilo forward", "chain netdev vmsilo in-a-0"],
+)
+def test_rules_that_were_emptied_are_not_installed(world: World, emptied: str) -> None:
+    world.internet()
+    text = world.install()
+    assert nft.is_installed(text)
+    run("nft", "flush", *emptied.split())
+    assert not nft.is_installed(text)
+    world.install()
+    assert nft.is_installed(text)
 
 
 def last_source_port(line: socket.socket) -> int:

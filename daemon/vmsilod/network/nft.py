@@ -24,6 +24,7 @@ from vmsilod.network.ruleset import (
     Surroundings,
     ports_of,
     render_removal,
+    rules_in,
     taps_in,
     version_in,
 )
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 NFT = "/usr/sbin/nft"
 NFT_SECONDS = 60
 IFF_NOARP, MAIN_TABLE, RTN_UNICAST = 0x80, 254, 1  # linux/if.h, linux/rtnetlink.h
+NFPROTO = {"inet": 1, "netdev": 5}  # linux/netfilter.h
 HINT = "vmsilo's firewall needs nft (package nftables) and a kernel with nf_tables"
 _NETDEV_COUNTED = ("denied", *(f"lie_{kind}" for kind in LIES))
 
@@ -118,11 +120,38 @@ def check(text: str) -> None:
 
 
 def is_installed(text: str) -> bool:
-    """Whether exactly this ruleset is loaded and still holds all of its TAPs. Raises Failed."""
+    """Whether exactly this ruleset is loaded, still holds all of its TAPs, and no chain was emptied. Raises
+    Failed.
+    """
     chains = _find_chains()
     version = version_in(text)
-    return all((family, TABLE, version) in chains for family in FAMILIES) and all(
-        ("netdev", TABLE, f"in-{tap}") in chains for tap in taps_in(text)
+    return (
+        all((family, TABLE, version) in chains for family in FAMILIES)
+        and all(("netdev", TABLE, f"in-{tap}") in chains for tap in taps_in(text))
+        and _are_filled(text)
+    )
+
+
+def _are_filled(text: str) -> bool:
+    """Whether each chain with a hook has its rules. nft would have to read all of them to tell; the kernel
+    tells of each chain what uses it, which for these is their rules alone.
+    """
+    from pyroute2.netlink.exceptions import NetlinkError  # late, as in links.py
+    from pyroute2.nftables.main import NFTables
+
+    try:
+        with NFTables(nfgen_family=socket.AF_UNSPEC) as tables:
+            uses = {
+                (int(chain["nfgen_family"]), str(chain.get_attr("NFTA_CHAIN_NAME"))): chain.get_attr(
+                    "NFTA_CHAIN_USE"
+                )
+                for chain in tables.get_chains()
+                if chain.get_attr("NFTA_CHAIN_TABLE") == TABLE
+            }
+    except (OSError, NetlinkError) as error:
+        raise Failed("the chains of the rules cannot be read", HINT) from error
+    return all(
+        uses.get((NFPROTO[family], name)) == count for (family, name), count in rules_in(text).items()
     )
 
 

@@ -47,6 +47,7 @@ COUNTED = ("denied", "inbound", "elsewhere")
 VERSION_PREFIX = "version-"
 _VERSION = re.compile(r"^\tchain (version-[0-9a-f]+) \{$", re.MULTILINE)
 _HOOK = re.compile(r"^\tchain in-(\S+) \{$", re.MULTILINE)
+_HOOKED = re.compile(r"^\tchain (\S+) \{\n\t\ttype .*\n((?:\t\t.*\n)*)\t\}$", re.MULTILINE)
 
 # Nobody's address on the internet: this network, private, shared (RFC 6598), loopback, link-local, protocol
 # assignments, benchmarks, multicast, reserved. Of IPv6 only 2000::/3 is routed, and in that 6to4 holds
@@ -97,6 +98,16 @@ def version_in(text: str) -> str:
 def taps_in(text: str) -> frozenset[str]:
     """The TAPs that a rendered ruleset hooks, each in the chain `in-TAP`."""
     return frozenset(_HOOK.findall(text))
+
+
+def rules_in(text: str) -> dict[tuple[str, str], int]:
+    """How many rules each chain with a hook has, by family and name."""
+    found: dict[tuple[str, str], int] = {}
+    for table in re.finditer(rf"^table (\w+) {TABLE} \{{\n((?:\t.*\n)*)", text, re.MULTILINE):
+        for chain in _HOOKED.finditer(table[2]):
+            lines = [line.strip() for line in chain[2].splitlines()]
+            found[table[1], chain[1]] = sum(not line.startswith("#") for line in lines)
+    return found
 
 
 def ports_of(plan: NetworkPlan) -> tuple[Port, ...]:

@@ -40,13 +40,8 @@ EXCLUDED = (
     "path-include=/usr/share/locale/locale.alias",
 )
 UNITS_OF_PACKAGES = "/usr/lib/systemd/system"
-# Unit -> the target that wants it ("" for none: networkd does), and its drop-in in guest/image.
-NETWORK_UNITS = {
-    "systemd-networkd.service": ("multi-user.target", "networkd.conf"),
-    "systemd-networkd.socket": ("", "networkd.conf"),
-    "systemd-networkd-wait-online.service": ("network-online.target", "wait-online.conf"),
-    "systemd-resolved.service": ("sysinit.target", "resolved.conf"),
-}
+NETWORK_TARGET = "vmsilo-network.target"
+RESOLVED = "systemd-resolved.service"
 LOCALE = b"LANG=C.UTF-8\n"
 FILES = {
     "/etc/machine-id": b"",
@@ -117,6 +112,7 @@ def configure_root(root: Path, release: str, recipe: Recipe, guest: GuestFiles, 
     install_user(root, recipe, log)
     for entry in recipe.files:
         install_entry(root, entry)
+    enable_own_network(root)
     for path in EMPTIED:
         empty_folder(root, path)
 
@@ -171,16 +167,22 @@ def install_console_login(root: Path, guest: GuestFiles, user: str) -> None:
 
 
 def install_network(root: Path, guest: GuestFiles) -> None:
-    """networkd and resolved, which run only where a boot or the image brought them something to do."""
-    units = resolve_inside(root, UNITS_OF_PACKAGES)
-    for unit, (target, drop_in) in NETWORK_UNITS.items():
-        if not (units / unit).is_file():
-            continue
+    """networkd and resolved, which a boot starts only where it has a network."""
+    write_file(root, f"{SYSTEM_UNITS}/{NETWORK_TARGET}", guest.read(NETWORK_TARGET))
+    drop_ins = {"systemd-networkd-wait-online.service": "wait-online.conf", RESOLVED: "resolved.conf"}
+    for unit, drop_in in drop_ins.items():
         write_file(root, f"{SYSTEM_UNITS}/{unit}.d/vmsilo.conf", guest.read(drop_in))
-        if target:
-            write_link(root, f"{SYSTEM_UNITS}/{target}.wants/{unit}", f"{UNITS_OF_PACKAGES}/{unit}")
-    if (units / "systemd-resolved.service").is_file():
+    # The package has enabled it for every boot.
+    (resolve_inside(root, f"{SYSTEM_UNITS}/sysinit.target.wants") / RESOLVED).unlink(missing_ok=True)
+    if (resolve_inside(root, UNITS_OF_PACKAGES) / RESOLVED).is_file():
         write_link(root, "/etc/resolv.conf", "../run/systemd/resolve/stub-resolv.conf")
+
+
+def enable_own_network(root: Path) -> None:
+    """Of an image that brings a network configuration, such as for a card that was passed through."""
+    if any(resolve_inside(root, "/etc/systemd/network").glob("*.network")):
+        wants = f"{SYSTEM_UNITS}/multi-user.target.wants/{NETWORK_TARGET}"
+        write_link(root, wants, f"../{NETWORK_TARGET}")
 
 
 def install_user(root: Path, recipe: Recipe, log: Path) -> None:

@@ -13,6 +13,7 @@ from vmsilo_image import cpio
 from vmsilo_image.errors import ImageError
 from vmsilo_image.initrd import APPLETS, build_initrd, has_pmem
 from vmsilo_image.modules import module_name, plan_load_order
+from vmsilo_image.rootfs import enable_own_network
 from vmsilo_image.tree import find_ids, resolve_inside, write_file
 from vmsilo_image.trim import plan_static_nodes
 
@@ -245,3 +246,15 @@ def test_static_nodes() -> None:
         "c! /dev/net/tun 0600 - - - 10:200",
         "c! /dev/loop-control 0600 - - - 10:237",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "enabled"), [("20-lan.network", True), ("20-lan.link", False), ("nothing", False)]
+)
+def test_an_image_with_a_network_of_its_own_starts_it(tmp_path: Path, name: str, *, enabled: bool) -> None:
+    folder = tmp_path / "etc/systemd/network"
+    folder.mkdir(parents=True)
+    (folder / name).write_text("[Match]\nName=enp1s0\n")
+    enable_own_network(tmp_path)
+    link = tmp_path / "etc/systemd/system/multi-user.target.wants/vmsilo-network.target"
+    assert link.is_symlink() is enabled

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # Below nohup or a shell's `&` these are ignored, and every program that a test starts would inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 def require_container() -> None:

@@ -35,9 +35,9 @@ PORTS = (
 )
 ARGUMENTS = (
     *("-netdev", "user,id=net0,ipv6-prefix=fd00:2::,ipv6-host=fd00:2::2"),
-    *("-device", "virtio-net-device,netdev=net0,mac=52:54:00:00:00:01"),
+    *("-device", "virtio-net-pci,romfile=,netdev=net0,mac=52:54:00:00:00:01"),
     *("-netdev", "user,id=net1,net=10.0.3.0/24,dhcpstart=10.0.3.55,ipv6-prefix=fd00:3::"),
-    *("-device", "virtio-net-device,netdev=net1,mac=52:54:00:00:00:02"),
+    *("-device", "virtio-net-pci,romfile=,netdev=net1,mac=52:54:00:00:00:02"),
 )
 UNIT = "vmsilo-nets-vm.service"
 # QEMU asks the name server of its own network namespace, where only this is.
@@ -86,7 +86,7 @@ def nets(host: Container) -> Iterator[Container]:
         "/etc/vmsilo/vms.d/nets.toml",
         'memory = 768\ninitramfs = "/var/lib/initrd-nets"\nvmm = "qemu"\n'
         f"kernel_params = {json.dumps(names)}\n"
-        f'[qemu]\nmachine = "microvm"\nextra_args = {json.dumps(ARGUMENTS)}\n',
+        f'[qemu]\nmachine = "q35"\nextra_args = {json.dumps(ARGUMENTS)}\n',
     )
     host.run("systemctl daemon-reload")
     host.wait_until("test -S /run/vmsilo/nets-command.socket")

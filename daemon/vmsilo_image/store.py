@@ -2,7 +2,7 @@
 and by the command line; never touches what is inside an image.
 
     DIR/.lock                    held for moments only: while a build directory appears, goes or is published
-    DIR/.build-XXXX/lock         held by its builder as long as that lives; free means stale
+    DIR/.build-*/lock            held by its builder as long as that lives; free means stale
     DIR/NAME/VERSION/            never changed after it appeared; VERSION sorts by time
     DIR/NAME/current -> VERSION
 """

@@ -28,7 +28,7 @@ PACKAGES = {
 LAYERS = (
     {"vmsilod.errors"},
     {"vmsilod.loop"},
-    {"vmsilod.waiting"},
+    {"vmsilod.waiting", "vmsilod.events"},
     {"vmsilod.pci", "vmsilod.network.plan", "vmsilod.network.names"},
     {"vmsilod.config", "vmsilod.resources", "vmsilod.vmm", "vmsilod.systemd"},
     {"vmsilod.restart", "vmsilod.first_sign"},

@@ -7,7 +7,8 @@ from ipaddress import ip_interface, ip_network
 
 import pytest
 from vmsilo_image.cpio import NETWORK_FILE
-from vmsilod.network.guest import find_link_local, plan_guest_files, plan_ifnames
+from vmsilod.network.guest import plan_guest_files, plan_ifnames
+from vmsilod.network.names import derive_link_local
 from vmsilod.network.plan import Port, Route
 
 WAN = Port(
@@ -91,7 +92,7 @@ def test_among_strangers_a_duplicate_address_is_looked_for() -> None:
 
 
 def test_link_local_addresses_are_those_of_eui_64() -> None:
-    assert str(find_link_local("00:00:5e:00:53:01")) == "fe80::200:5eff:fe00:5301"
+    assert str(derive_link_local("00:00:5e:00:53:01")) == "fe80::200:5eff:fe00:5301"
 
 
 def test_a_gateway_beside_every_subnet_is_on_the_link() -> None:

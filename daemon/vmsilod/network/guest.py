@@ -8,8 +8,10 @@ what it may send is decided by the host's rules, which are made from the same po
 
 from __future__ import annotations
 
-from ipaddress import IPv6Address, IPv6Interface, ip_address
+from ipaddress import IPv6Interface, ip_address
 from typing import TYPE_CHECKING
+
+from vmsilod.network.names import derive_link_local
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -51,13 +53,6 @@ def plan_guest_files(ports: Sequence[Port]) -> dict[str, str]:
     return files
 
 
-def find_link_local(mac: str) -> IPv6Address:
-    """The link-local address that EUI-64 makes of a MAC (RFC 4291, appendix A)."""
-    octets = bytes.fromhex(mac.replace(":", ""))
-    host = bytes([octets[0] ^ 2]) + octets[1:3] + b"\xff\xfe" + octets[3:]
-    return IPv6Address(b"\xfe\x80" + bytes(6) + host)
-
-
 def _online_state(port: Port) -> str:
     """What has to be there before the guest may say that it is ready (networkctl(1), operational states)."""
     if port.dhcp or any(not address.ip.is_link_local for address in port.addresses):
@@ -95,7 +90,7 @@ def _plan_addresses(port: Port) -> Iterator[Lines]:
     addresses: tuple[Interface, ...] = port.addresses
     v6 = [address.ip for address in addresses if address.version == 6]
     if v6 and not any(address.is_link_local for address in v6):
-        addresses = (*addresses, IPv6Interface(f"{find_link_local(port.mac)}/64"))
+        addresses = (*addresses, IPv6Interface(f"{derive_link_local(port.mac)}/64"))
     # Detection takes a second or two, in which the address cannot be used. Where every neighbour is a VM or
     # the host, whose addresses vmsilo has compared and the rules hold them to, there is nothing to detect.
     detects = not (port.host_addresses or port.network)

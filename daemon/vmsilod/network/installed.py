@@ -69,3 +69,11 @@ def remove_filters(ports: Iterable[Port]) -> None:
 def find_denials() -> dict[str, int]:
     """Packets refused, by TAP. Raises Failed."""
     return nft.read_denials()
+
+
+def find_obstacles() -> tuple[str, ...]:
+    """Chains of others that keep from passing what vmsilo opens; () also where that cannot be told."""
+    try:
+        return nft.find_obstacles()
+    except Failed:
+        return ()

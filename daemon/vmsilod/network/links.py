@@ -13,7 +13,7 @@ from ipaddress import ip_interface
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vmsilod.errors import Failed
+from vmsilod.network.rtnetlink import open_session, translated
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,13 +81,13 @@ class Links:
         self._socket = socket
 
     def find_all(self) -> dict[str, Link]:
-        with _translated("read the network devices"):
+        with translated("read the network devices"):
             return {link.name: link for link in map(_parse_link, self._socket.get_links())}
 
     def find_addresses(self) -> dict[int, frozenset[Interface]]:
         """Of all devices, by number, without link-local ones that the kernel gives."""
         found: dict[int, set[Interface]] = {}
-        with _translated("read the network addresses"):
+        with translated("read the network addresses"):
             for message in self._socket.get_addr():
                 if message["scope"] == _LINK_SCOPE:
                     continue
@@ -97,30 +97,30 @@ class Links:
 
     def mark(self, index: int, *, alias: str, mac: str) -> None:
         """Make a device vmsilo's, with the host's end of it having that address."""
-        with _translated(f"mark device {index}"):
+        with translated(f"mark device {index}"):
             self._socket.link("set", index=index, group=OURS, ifalias=alias, address=mac)
 
     def set_alias(self, index: int, alias: str) -> None:
-        with _translated(f"mark device {index}"):
+        with translated(f"mark device {index}"):
             self._socket.link("set", index=index, ifalias=alias)
 
     def set_state(self, index: int, *, up: bool) -> None:
-        with _translated(f"set device {index} {'up' if up else 'down'}"):
+        with translated(f"set device {index} {'up' if up else 'down'}"):
             self._socket.link("set", index=index, state="up" if up else "down")
 
     def join_bridge(self, index: int, bridge: int) -> None:
         """Or leave it, with 0."""
-        with _translated(f"set the bridge of device {index}"):
+        with translated(f"set the bridge of device {index}"):
             self._socket.link("set", index=index, master=bridge)
 
     def isolate(self, index: int) -> None:
         """A bridge's port that reaches no other isolated port."""
-        with _translated(f"isolate device {index}"):
+        with translated(f"isolate device {index}"):
             self._socket.brport("set", index=index, isolated=1)
 
     def add_address(self, index: int, address: Interface) -> None:
         flags = {"flags": _NODAD} if address.version == 6 else {}
-        with _translated(f"give device {index} the address {address}"):
+        with translated(f"give device {index} the address {address}"):
             self._socket.addr(
                 "add",
                 index=index,
@@ -130,7 +130,7 @@ class Links:
             )
 
     def remove_address(self, index: int, address: Interface) -> None:
-        with _translated(f"take the address {address} from device {index}"):
+        with translated(f"take the address {address} from device {index}"):
             self._socket.addr(
                 "del", index=index, address=str(address.ip), prefixlen=address.network.prefixlen
             )
@@ -138,18 +138,18 @@ class Links:
     def delete(self, links: list[Link]) -> None:
         """In one go, but never what somebody else has put into the group."""
         for link in links:
-            with _translated(f"remove '{link.name}'"):
+            with translated(f"remove '{link.name}'"):
                 self._socket.link("set", index=link.index, group=DOOMED)
         ours = {link.index for link in links}
         strangers = [
             link for link in self.find_all().values() if link.group == DOOMED and link.index not in ours
         ]
         if not strangers:
-            with _translated("remove TAPs"):
+            with translated("remove TAPs"):
                 self._socket.link("del", group=DOOMED)
             return
         for link in links:
-            with _translated(f"remove '{link.name}'"):
+            with translated(f"remove '{link.name}'"):
                 self._socket.link("del", index=link.index)
 
 
@@ -166,27 +166,8 @@ def has_devices(root: Path = Path("/sys/class/net")) -> bool:
 
 @contextmanager
 def open_links() -> Iterator[Links]:
-    # Late: 130 ms, and a host whose VMs are all offline never needs it.
-    from pyroute2 import IPRoute
-
-    with _translated("open a netlink socket"):
-        socket = IPRoute()
-    try:
-        yield Links(socket)
-    finally:
-        socket.close()
-
-
-@contextmanager
-def _translated(what: str) -> Iterator[None]:
-    from pyroute2 import NetlinkError
-
-    try:
-        yield
-    except NetlinkError as error:
-        raise Failed(f"cannot {what}: {error.args[1] if len(error.args) > 1 else error.code}") from error
-    except OSError as error:
-        raise Failed(f"cannot {what}: {error.strerror}") from error
+    with open_session() as session:
+        yield Links(session)
 
 
 def _parse_link(message: Any) -> Link:

@@ -60,6 +60,7 @@ class NetworkPool:
         self._running: dict[str, VmConfig | None] = {}
         self._plan = NetworkPlan()
         self._settled: Settled | None = None  # before the first apply
+        self._obstacles: tuple[str, ...] = ()
         self._lock = Lock()
         self._checking = False
 
@@ -249,7 +250,19 @@ class NetworkPool:
         if settled.rules_fault and settled.rules_fault != before.rules_fault:
             log.error("the network rules cannot be installed: %s", settled.rules_fault)
         self._settled = settled
+        if settled.ruled.nat_interface and settled.rules:
+            await self._tell_obstacles()
         await self._switches.apply(self._plan)
+
+    async def _tell_obstacles(self) -> None:
+        obstacles = await loop.in_worker(installed.find_obstacles)
+        if obstacles and obstacles != self._obstacles:
+            log.warning(
+                "VMs may not reach the internet: what is forwarded is dropped by %s (docs/networks.md has"
+                " the rule that cures it)",
+                ", ".join(obstacles),
+            )
+        self._obstacles = obstacles
 
 
 def _release_macvtaps(ports: Sequence[Port]) -> None:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import TYPE_CHECKING, Any
 
-from vmsilod.errors import Failed
 from vmsilod.network.proxies import find_proxies
+from vmsilod.network.rtnetlink import open_session, translated
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,7 +76,7 @@ class Ways:
     def find_ways(self) -> set[Way]:
         """But those that the kernel makes for addresses."""
         found = set()
-        with _translated("read the routes"):
+        with translated("read the routes"):
             for family, version in _FAMILIES.items():
                 for message in self._netlink.get_routes(family=family, table=_MAIN_TABLE):
                     if message["proto"] != _OF_THE_KERNEL and message["type"] == 1:
@@ -86,7 +86,7 @@ class Ways:
     def find_neighbours(self) -> set[Neighbour]:
         """The permanent ones and those that are answered for."""
         found = set()
-        with _translated("read the neighbours"):
+        with translated("read the neighbours"):
             for family in _FAMILIES:
                 for message in self._netlink.get_neighbours(family=family):
                     if message["state"] & _PERMANENT:
@@ -98,7 +98,7 @@ class Ways:
 
     def find_queueing(self) -> dict[int, str]:
         """The kind of each device's root queue."""
-        with _translated("read the queues"):
+        with translated("read the queues"):
             return {
                 message["index"]: message.get_attr("TCA_KIND")
                 for message in self._netlink.get_qdiscs()
@@ -109,7 +109,7 @@ class Ways:
         """fq_codel for what leaves by a device; False where this kernel has none."""
         from pyroute2 import NetlinkError
 
-        with _translated(f"set the queue of device {index}"):
+        with translated(f"set the queue of device {index}"):
             try:
                 self._netlink.tc("replace", "fq_codel", index, "1:0")
             except NetlinkError as error:
@@ -119,11 +119,11 @@ class Ways:
         return True
 
     def limit_ring(self, index: int, frames: int) -> None:
-        with _translated(f"set the length of device {index}"):
+        with translated(f"set the length of device {index}"):
             self._netlink.link("set", index=index, txqlen=frames)
 
     def _route(self, command: str, way: Way) -> None:
-        with _translated(f"set the route to {way.destination}"):
+        with translated(f"set the route to {way.destination}"):
             more = {"gateway": str(way.via)} if way.via else {}
             if way.via is None and way.destination.version == 4:
                 more["scope"] = "link"
@@ -132,7 +132,7 @@ class Ways:
             )
 
     def _neighbour(self, command: str, neighbour: Neighbour) -> None:
-        with _translated(f"set the neighbour {neighbour.address}"):
+        with translated(f"set the neighbour {neighbour.address}"):
             more: dict[str, Any] = (
                 {"lladdr": neighbour.mac, "state": "permanent"} if neighbour.mac else {"flags": _PROXY}
             )
@@ -144,26 +144,8 @@ class Ways:
 
 @contextmanager
 def open_ways() -> Iterator[Ways]:
-    from pyroute2 import IPRoute  # late, as in links.py
-
-    with _translated("open a netlink socket"):
-        netlink = IPRoute()
-    try:
-        yield Ways(netlink)
-    finally:
-        netlink.close()
-
-
-@contextmanager
-def _translated(what: str) -> Iterator[None]:
-    from pyroute2 import NetlinkError
-
-    try:
-        yield
-    except NetlinkError as error:
-        raise Failed(f"cannot {what}: {error.args[1] if len(error.args) > 1 else error.code}") from error
-    except OSError as error:
-        raise Failed(f"cannot {what}: {error.strerror}") from error
+    with open_session() as session:
+        yield Ways(session)
 
 
 def _parse_way(message: Any, version: int) -> Way:

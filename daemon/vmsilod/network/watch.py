@@ -7,7 +7,6 @@ itself. Lost events (a full queue) count as one. Rules are reported at once, dev
 
 from __future__ import annotations
 
-import errno
 import logging
 import socket
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 from gi.repository import GLib
 
 from vmsilod import loop
+from vmsilod.events import drain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,8 +37,6 @@ RTMGRP_ALL = (
 )
 NFNLGRP_NFTABLES = 7
 OUR_TABLES = b"vmsilo"
-EVENT_MAX = 65536
-READS_PER_TURN = 256
 SETTLE_SECONDS = 0.3
 
 
@@ -92,23 +90,3 @@ class NetworkWatch:
     def _tell_links(self) -> None:
         self._timer = 0
         self._on_links()
-
-
-def drain(sock: socket.socket, concerns: Callable[[bytes], bool]) -> bool:
-    """Whether one of the events that have come concerns us."""
-    seen = False
-    for _ in range(READS_PER_TURN):
-        try:
-            event, sender = sock.recvfrom(EVENT_MAX)
-        except BlockingIOError:
-            break
-        except OSError as error:
-            if error.errno == errno.ENOBUFS:
-                seen = True
-                continue
-            log.error("cannot read the kernel's events: %s", error.strerror)
-            break
-        # Port 0 is the kernel; a process with CAP_NET_ADMIN could send too.
-        if sender[0] == 0 and concerns(event):
-            seen = True
-    return seen

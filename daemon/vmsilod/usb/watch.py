@@ -8,7 +8,6 @@ early a sign: it is there before the interfaces.
 
 from __future__ import annotations
 
-import errno
 import logging
 import socket
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 from gi.repository import GLib
 
 from vmsilod import loop
+from vmsilod.events import drain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,9 +24,7 @@ log = logging.getLogger(__name__)
 
 NETLINK_KOBJECT_UEVENT = 15
 KERNEL_GROUP = 1
-EVENT_MAX = 8192
 SETTLE_SECONDS = 0.3
-READS_PER_TURN = 64
 
 
 class UsbWatch:
@@ -54,7 +52,7 @@ class UsbWatch:
 
     def _read(self) -> None:
         assert self._socket is not None
-        if read_uevents(self._socket) and not self._timer:
+        if drain(self._socket, is_usb) and not self._timer:
             self._timer = loop.call_later(SETTLE_SECONDS, self._fire)
 
     def _fire(self) -> None:
@@ -74,26 +72,6 @@ def open_uevents() -> socket.socket:
         sock.close()
         raise
     return sock
-
-
-def read_uevents(sock: socket.socket) -> bool:
-    """Whether one of what has come was about USB."""
-    seen = False
-    for _ in range(READS_PER_TURN):
-        try:
-            event, sender = sock.recvfrom(EVENT_MAX)
-        except BlockingIOError:
-            break
-        except OSError as error:
-            if error.errno == errno.ENOBUFS:
-                seen = True
-                continue
-            log.error("cannot read the kernel's events: %s", error.strerror)
-            break
-        # Port 0 is the kernel; a process with CAP_NET_ADMIN could send too.
-        if sender[0] == 0 and is_usb(event):
-            seen = True
-    return seen
 
 
 def is_usb(untrusted_event: bytes) -> bool:

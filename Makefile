@@ -70,10 +70,7 @@ lab-test: venv ## boot a whole virtual host (QEMU, nested KVM) and run the tests
 lab-shell: venv ## a root shell in that host with vmsilo installed
 	$(RUN)/python -m hosts.lab_shell
 
-lab-demo-network: venv ## show what three VMs reach: the internet through NAT, each other, and nothing else
-	$(RUN)/python -m hosts.demo_network
-
-bench: venv ## measure beside libvirt and systemd-vmspawn in that host; see docs/performance.md
+lab-bench: venv ## measure beside libvirt and systemd-vmspawn in that host; see docs/performance.md
 	$(RUN)/python -m bench.lab
 
 demo-lab: venv ## show VMs on KVM, a NIC passed through, a refused group, a serial login
@@ -150,5 +147,6 @@ uninstall: ## remove what install put there; configuration and images stay
 		$(DESTDIR)/usr/share/polkit-1/actions/org.vmsilo1.policy $(DESTDIR)/etc/polkit-1/rules.d/50-vmsilo.rules
 	[ ! -d /run/systemd/system ] || systemctl daemon-reload
 
-.PHONY: help packages venv test fast lint demo demo-lab lab-bench lab-test lab-shell bench shell clean install uninstall
+.PHONY: help packages venv test fast lint demo demo-network demo-lab bench lab-bench lab-test lab-shell shell clean install \
+	uninstall
 export PYTHONPATH := daemon:client:guest:tests

@@ -50,7 +50,8 @@ class Request:
     vhost_user: tuple[str, ...] = ()
     ssh: bool = False
     owner: int = 0
-    network_files: Mapping[str, str] = field(default_factory=dict)  # vmsilod.network.guest
+    guest_files: Mapping[str, str] = field(default_factory=dict)
+    """Below the guest's /run, by name: of its interfaces (vmsilod.network.guest) and shares."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def acquire(request: Request) -> Acquired:
         initrd_fd = (
             None
             if plain_kernel
-            else keep(image.make_initrd(files.initrd, secret, ssh, shelf, request.network_files))
+            else keep(image.make_initrd(files.initrd, secret, ssh, shelf, request.guest_files))
         )
         monitor_fd = keep(rundir.bind_listener(directory / "monitor.sock", request.monitor_kind, 0o600))
         vhost_user_fds = [keep(fd) for fd in _open_vhost_user(request)]

@@ -14,7 +14,6 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from vmsilod import loop, preparation
-from vmsilod.bus.views import printable
 from vmsilod.consoles import console_of, split_passed
 from vmsilod.control import Peer, Prepared
 from vmsilod.errors import BadRequest, ConfigBroken, StartFailed, VmsiloError
@@ -22,12 +21,11 @@ from vmsilod.forwards import Forwards
 from vmsilod.host import find_uid, probe_host
 from vmsilod.interfaces import open_interfaces
 from vmsilod.network.guest import plan_guest_files
+from vmsilod.relay_agreement import agree_with_relay
 from vmsilod.resources import record as records
 from vmsilod.resources import rundir, vsock
-from vmsilod.resources.image import BootChoice
 from vmsilod.resources.record import Record
-from vmsilod.resources.vhost_user import Account, find_groups
-from vmsilod.shapes import leases_of, shape_of
+from vmsilod.shapes import leases_of, request_of, shape_of
 from vmsilod.units.render import vsock_unit
 from vmsilod.vmm import drivers
 from vmsilod.vmm.choose import TCG_WARNING, VmmKind, choose_vmm
@@ -133,31 +131,12 @@ class Runs:
             config=config.to_json(),
         )
         await loop.in_worker(records.save_record, vm.record)
-        request = preparation.Request(
-            name=vm.name,
-            uid=peer.uid,
-            gid=peer.gid,
-            relay_gid=host.relay_gid,
-            hybrid=hybrid,
-            boot=BootChoice(
-                config.image,
-                config.kernel,
-                config.initramfs,
-                config.root_disk_path,
-            ),
-            root_readonly=config.root_disk_readonly,
-            monitor_kind=driver.monitor_type,
-            builtin_vsock=driver.builtin_vsock,
-            opens_as=Account(peer.uid, find_groups(peer.pid, peer.gid)) if driver.opens_by_path else None,
-            vhost_user=tuple(device.socket for device in config.vhost_user),
-            ssh=config.ssh,
-            owner=find_uid(config.user),
-        )
+        request = request_of(config, peer, choice.kind, host)
         await self._pci.start(vm.name, peer.uid, [device.path for device in config.pci_devices])
         interfaces = await open_interfaces(self._network, vm.name, choice.kind, peer.pid)
         held, terminals = interfaces.fds(), list[int]()
         try:
-            request = dataclasses.replace(request, network_files=plan_guest_files(interfaces.ports))
+            request = dataclasses.replace(request, guest_files=plan_guest_files(interfaces.ports))
             acquired = await loop.in_worker(preparation.acquire, request)
             held += acquired.fds()
             listeners, journal = split_passed(fds)
@@ -360,28 +339,8 @@ class Runs:
             log.error("VM %s: %s", name, error)
 
     async def agree_with_relay(self) -> None:
-        """After each (re)connection: take over guest readiness, remove VMs that the relay has and we do
-        not.
-        """
-        answer = await self.relay.find_vms()
-        self._vsock_listening = bool(answer.get("listening_vsock"))
-        for entry in answer["vms"]:
-            vm = self._registry.find(entry["name"])
-            if vm is None or vm.record is None or vm.record.invocation != entry["generation"]:
-                if vm is None or not vm.lock.held:
-                    await self.relay.remove(entry["name"], entry["generation"])
-                continue
-            vm.agent, vm.ready, vm.status = entry["agent"], entry["ready"], printable(entry["status"])
-            self._on_change(vm)
-        known = {entry["name"] for entry in answer["vms"]}
-        for vm in self._registry:
-            if vm.record is not None and vm.record.launched and vm.name not in known:
-                log.error(
-                    "VM %s: the relay was stopped and does not know it any more; restart the VM", vm.name
-                )
-                vm.agent = vm.ready = False
-                vm.status = "unreachable: the relay was stopped; restart the VM"
-                self._on_change(vm)
+        """After each (re)connection."""
+        self._vsock_listening = await agree_with_relay(self.relay, self._registry, self._on_change)
 
 
 def refuse_foreign_format(fd: int) -> None:

@@ -1,7 +1,7 @@
-"""What a driver reads of one start: the VM's configuration as a VmShape, what was acquired as Leases.
+"""One start in the words of others: what preparation is to acquire (Request); for the driver, the VM's
+configuration as a VmShape and what was acquired as Leases.
 
-Called by the runs, between preparation and the driver. Pure but for the owner's uid, which is looked up by
-name.
+Called by the runs. Pure but for uids and groups, which are looked up.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 
 from vmsilod.host import LIBDIR, find_uid
 from vmsilod.network.guest import plan_ifnames
+from vmsilod.preparation import Request
+from vmsilod.resources.image import BootChoice
+from vmsilod.resources.vhost_user import Account, find_groups
 from vmsilod.vmm import launch
 from vmsilod.vmm.drivers import DRIVERS
 
@@ -49,6 +52,26 @@ def shape_of(config: VmConfig, ports: Sequence[Port] = ()) -> launch.VmShape:
         cloud_hypervisor=launch.CloudHypervisorShape(
             config.cloud_hypervisor.log_level, tuple(config.cloud_hypervisor.extra_args)
         ),
+    )
+
+
+def request_of(config: VmConfig, peer: Peer, kind: VmmKind, host: Host) -> Request:
+    """What is to be acquired for a start of this VM by this launcher; guest_files are added later."""
+    driver = DRIVERS[kind]
+    return Request(
+        name=config.name,
+        uid=peer.uid,
+        gid=peer.gid,
+        relay_gid=host.relay_gid,
+        hybrid=host.hybrid and not driver.builtin_vsock,
+        boot=BootChoice(config.image, config.kernel, config.initramfs, config.root_disk_path),
+        root_readonly=config.root_disk_readonly,
+        monitor_kind=driver.monitor_type,
+        builtin_vsock=driver.builtin_vsock,
+        opens_as=Account(peer.uid, find_groups(peer.pid, peer.gid)) if driver.opens_by_path else None,
+        vhost_user=tuple(device.socket for device in config.vhost_user),
+        ssh=config.ssh,
+        owner=find_uid(config.user),
     )
 
 

@@ -1,28 +1,38 @@
 """`make lab-test`: boots the lab and runs the suite tests/lab inside it, brings journals, results and
 timings back, and fails on a journal line that nobody expected.
 
-Each file is a part; then comes `leaving`, which leaves VMs running and devices isolated when the host is
-shut down; `second`, after the next boot, looks at what the shutdown did and what the boot found. With file
-names only those are run, with `--core` what is part of `make test`. What comes back is in .cache/lab.
+Each file is a part; where the lab is emulated, two labs share the parts. Then one of them does `leaving`,
+which leaves VMs running and devices isolated when the host is shut down, and after the next boot `second`,
+which looks at what the shutdown did and what the boot found. With file names only those are run, with
+`--core` what is part of `make test`. What comes back is in .cache/lab.
 """
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hosts import layers
 from hosts.lab_layers import make_lab
-from hosts.lab_machine import Lab
+from hosts.lab_machine import MEMORY_MIB, Lab, find_accelerator
 
 RESULTS = layers.CACHE / "lab"
 LAB_TESTS = layers.REPO / "tests/lab"
 CORE = ("test_vmm.py", "test_together.py")
 """What `make test` runs of them: `make lab-test` runs all."""
+LONG = ("test_cloud_hypervisor.py", "test_outcomes.py", "test_usb.py", "test_pci.py")
+"""The longest first, so that two labs end at about the same time."""
+SPARE_MIB = 1024  # beside a lab's memory, for its QEMU
 TRIES = 3
 NO_TESTS = 5  # pytest's exit status when nothing was selected
 VMMS = ("crosvm", "cloud-hypervisor")
@@ -47,6 +57,7 @@ EXPECTED = (
 JOURNAL = "journalctl -b {boot} -q --no-pager -o short-precise"
 JOURNALCTL = "journalctl -q --no-pager -o cat"  # all boots
 WARNINGS = f"{JOURNALCTL} -p warning -u 'vmsilo*'; {JOURNALCTL} -p err"
+_OUTPUT = threading.Lock()
 PYTEST = (
     "cd /root/tests && python3 -u -m pytest -q -p no:cacheprovider --import-mode=importlib --durations=15"
     " --junitxml=/root/results/{name}.xml {what}"
@@ -78,16 +89,23 @@ def run_part(lab: Lab, name: str, what: str) -> bool:
     """
     for _ in range(TRIES):
         begin, boot = time.monotonic(), lab.find_boot()
-        layers.say(f"lab, part {name}")
-        command = PYTEST.format(name=name, what=what)
-        status = subprocess.run(lab.ssh(command), stdin=subprocess.DEVNULL, check=False).returncode
-        if status and lab.recover(boot):
-            layers.say(f"lab, part {name}: the lab itself crashed ({lab.accelerator}); trying again")
-            lab.run("rm -f /etc/vmsilo/vms.d/*.toml")
-            continue
-        verdict = "passed" if status in (0, NO_TESTS) else "FAILED"
-        layers.say(f"lab, part {name}: {verdict} in {time.monotonic() - begin:.0f} s")
-        return status in (0, NO_TESTS)
+        layers.say(f"lab {lab.number}, part {name}")
+        command = lab.ssh(PYTEST.format(name=name, what=what))
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+        )
+        crashed = done.returncode != 0 and lab.recover(boot)
+        verdict = "the lab itself crashed" if crashed else f"pytest says {done.returncode}"
+        passed = done.returncode in (0, NO_TESTS)
+        seconds = time.monotonic() - begin
+        with _OUTPUT:
+            print(done.stdout.decode(errors="replace"), end="", flush=True)
+            layers.say(
+                f"lab {lab.number}, part {name}: {'passed' if passed else verdict} in {seconds:.0f} s"
+            )
+        if not crashed:
+            return passed
+        lab.run("rm -f /etc/vmsilo/vms.d/*.toml")
     return False
 
 
@@ -99,42 +117,80 @@ def find_unexpected(lab: Lab) -> list[str]:
 def collect(lab: Lab) -> None:
     for boot in (-1, 0) if lab.boots > 1 else (0,):
         journal = lab.run(JOURNAL.format(boot=boot), check=False).stdout
-        (RESULTS / f"journal-{lab.boots + boot}.txt").write_text(journal)
+        (RESULTS / f"journal-{lab.number}-{lab.boots + boot}.txt").write_text(journal)
     lab.pull("/root/results", RESULTS)
-    shutil.copy2(lab.console_log, RESULTS / "console.txt")
+    shutil.copy2(lab.console_log, RESULTS / f"console-{lab.number}.txt")
+
+
+@dataclass
+class Work:
+    """The parts that no lab has taken yet, and what came of the others."""
+
+    files: list[str]
+    shutdown: str = ""
+    """What `leaving` and `second` are to be found in; for the first lab that has nothing else to do."""
+    passed: bool = True
+    unexpected: list[str] = field(default_factory=list)
+
+
+def work_off(lab: Lab, work: Work) -> None:
+    """Boot one lab and run parts in it until none is left."""
+    begin = time.monotonic()
+    with lab:
+        layers.say(f"lab {lab.number} is up after {time.monotonic() - begin:.0f} s ({lab.accelerator})")
+        prepare(lab)
+        try:
+            while work.files:  # a pop is one step: the labs' threads share the list
+                name = work.files.pop(0)
+                what = f"-m 'not leaving and not second' lab/{name}"
+                work.passed = run_part(lab, Path(name).stem, what) and work.passed
+            shutdown, work.shutdown = work.shutdown, ""
+            if shutdown:
+                work.passed = run_part(lab, "leaving", f"-m leaving {shutdown}") and work.passed
+                lab.restart()
+                work.passed = run_part(lab, "second", f"-m second {shutdown}") and work.passed
+            work.unexpected += find_unexpected(lab)
+        finally:
+            collect(lab)
+
+
+def count_labs(parts: int) -> int:
+    """An emulated lab keeps one CPU busy, whatever it has inside: as many as fit, and at most two."""
+    available = int(re.findall(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[0]) // 1024
+    fit = min(os.cpu_count() or 1, available // (MEMORY_MIB + SPARE_MIB), parts, 2)
+    return max(fit, 1) if find_accelerator() == "tcg" else 1
+
+
+def plan_work(selected: list[str]) -> Work:
+    core = selected == ["--core"]
+    names = CORE if core else [Path(name).name for name in selected]
+    files = list(names) or sorted(path.name for path in LAB_TESTS.glob("test_*.py"))
+    files.sort(key=lambda name: LONG.index(name) if name in LONG else len(LONG))
+    shutdown = " ".join(f"lab/{name}" for name in CORE) if core else "" if selected else "lab"
+    return Work(files, shutdown)
 
 
 def main() -> int:
     layers.enter_private_mounts()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    selected = sys.argv[1:]
     begin = time.monotonic()
     parts = make_lab()
     shutil.rmtree(RESULTS, ignore_errors=True)
     RESULTS.mkdir(parents=True)
-    with Lab(parts) as lab:
-        up = time.monotonic() - begin
-        layers.say(f"the lab is up after {up:.0f} s ({lab.accelerator}); results go to .cache/lab")
-        prepare(lab)
-        try:
-            core = selected == ["--core"]
-            files = CORE if core else selected or sorted(path.name for path in LAB_TESTS.glob("test_*.py"))
-            passed = True
-            for file in files:
-                what = f"-m 'not leaving and not second' lab/{Path(file).name}"
-                passed = run_part(lab, Path(file).stem, what) and passed
-            if core or not selected:
-                marked = " ".join(f"lab/{file}" for file in CORE) if core else "lab"
-                passed = run_part(lab, "leaving", f"-m leaving {marked}") and passed
-                lab.restart()
-                passed = run_part(lab, "second", f"-m second {marked}") and passed
-            unexpected = find_unexpected(lab)
-        finally:
-            collect(lab)
-    for line in unexpected:
+    work = plan_work(sys.argv[1:])
+    count = count_labs(len(work.files))
+    layers.say(f"results go to .cache/lab; {count} lab{'s' if count > 1 else ''} side by side")
+    labs = [Lab(parts, number=number + 1) for number in range(count)]
+    # On the way out the labs end first, and with them what the threads wait for.
+    with ThreadPoolExecutor(count) as pool, ExitStack() as stack:
+        for lab in labs:
+            stack.callback(lab.end)
+        for future in [pool.submit(work_off, lab, work) for lab in labs]:
+            future.result()
+    for line in work.unexpected:
         print(f"unexpected journal line: {line}", flush=True)
     layers.say(f"lab: {time.monotonic() - begin:.0f} s in all")
-    return 0 if passed and not unexpected else 1
+    return 0 if work.passed and not work.unexpected else 1
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ def find_accelerator() -> str:
 class Lab(AbstractContextManager["Lab"]):
     """`run` executes in it as root or as the desktop user. `console_log` is what its serial line said."""
 
-    def __init__(self, parts: LabParts, *, memory: int = MEMORY_MIB) -> None:
+    def __init__(self, parts: LabParts, *, memory: int = MEMORY_MIB, number: int = 1) -> None:
+        self.number = number
         self._parts = parts
         self._memory = memory
         self._stack = ExitStack()
@@ -63,7 +64,7 @@ class Lab(AbstractContextManager["Lab"]):
             self.scratch = Path(
                 stack.enter_context(tempfile.TemporaryDirectory(prefix="vmsilo-lab-", dir="/var/tmp"))
             )
-            stack.callback(self._end)
+            stack.callback(self.end)
             self._make_disks()
             self._boot()
             self._stack = stack.pop_all()
@@ -253,7 +254,8 @@ class Lab(AbstractContextManager["Lab"]):
         self.run("systemctl reboot", check=False)
         self._await_login(old)
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """End the machine at once; whoever waits for it fails."""
         qemu, self._qemu = self._qemu, None
         if qemu is not None and qemu.poll() is None:
             qemu.terminate()

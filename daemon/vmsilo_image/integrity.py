@@ -13,7 +13,8 @@ import json
 import os
 import stat
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from .errors import ImageError
 from .versions import read_manifest, suggest_repair
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 CHECKED_DIR = Path("/run/vmsilo/checked")
 CHUNK = 1 << 20
@@ -44,38 +45,66 @@ def check_owner(place: Path) -> None:
 
 def check_version(path: Path, names: Iterable[str] | None = None, checked: Path = CHECKED_DIR) -> None:
     """ImageError unless those files of the version (None: all of them) are as they were built."""
-    _check(path, names, checked, fresh=False)
+    with _opened(path, names) as files:
+        if files.are_known(checked):
+            return
+        with _hashing:
+            if not files.are_known(checked):
+                files.read(checked)
 
 
 def verify_version(path: Path, checked: Path = CHECKED_DIR) -> None:
     """As check_version, with every byte read whatever is remembered."""
-    _check(path, None, checked, fresh=True)
+    with _opened(path, None) as files, _hashing:
+        files.read(checked)
 
 
-def _check(path: Path, names: Iterable[str] | None, checked: Path, *, fresh: bool) -> None:
+@dataclass(frozen=True)
+class _Files:
+    """Files of one version, open, of the right size; `digests` is what the build said of each."""
+
+    path: Path
+    opened: dict[str, int]
+    digests: dict[str, Any]
+
+    def identities(self) -> dict[str, list[object]]:
+        return {name: [*_identity(fd), self.digests[name]] for name, fd in self.opened.items()}
+
+    def are_known(self, checked: Path) -> bool:
+        known = _recall(self.path, checked)
+        return all(known.get(name) == identity for name, identity in self.identities().items())
+
+    def read(self, checked: Path) -> None:
+        before = self.identities()
+        for name, fd in self.opened.items():
+            if hash_descriptor(fd) != self.digests[name]:
+                fact = f"{self.path / name} is altered: its SHA-256 is not that of the build"
+                raise ImageError(fact, _repair(self.path))
+        if self.identities() == before:
+            _remember(self.path, before, checked)
+
+
+@contextmanager
+def _opened(path: Path, names: Iterable[str] | None) -> Iterator[_Files]:
     try:
         for place in (path.parent.parent, path.parent, path, *sorted(path.iterdir())):
             check_owner(place)
-        manifest = read_manifest(path)
-        digests = (manifest or {}).get("sha256")
-        sizes = (manifest or {}).get("sizes", {})
+        manifest = read_manifest(path) or {}
+        digests, sizes = manifest.get("sha256"), manifest.get("sizes", {})
         if not isinstance(digests, dict) or not isinstance(sizes, dict):
             raise ImageError(f"{path} has no manifest with digests", _repair(path))
         with ExitStack() as stack:
             opened = {}
             for name in sorted(digests if names is None else names):
-                fd = _open(path, name)
-                stack.callback(os.close, fd)
-                _check_size(path / name, fd, sizes.get(name))
+                opened[name] = _open(path, name)
+                stack.callback(os.close, opened[name])
+                _check_size(path / name, opened[name], sizes.get(name))
                 if name not in digests:
                     raise ImageError(f"the manifest of {path} has no digest of {name}", _repair(path))
-                opened[name] = fd
-            _check_digests(path, opened, digests, None if fresh else checked)
-            remember(path, {name: _identity(fd, digests[name]) for name, fd in opened.items()}, checked)
+            yield _Files(path, opened, digests)
     except OSError as error:
-        raise ImageError(
-            f"{error.filename or path} cannot be read: {error.strerror}", _repair(path)
-        ) from error
+        where = error.filename or path
+        raise ImageError(f"{where} cannot be read: {error.strerror}", _repair(path)) from error
 
 
 def _open(path: Path, name: str) -> int:
@@ -93,27 +122,6 @@ def _check_size(file: Path, fd: int, expected: object) -> None:
         raise ImageError(f"{file} is {how}: {size} bytes, not {expected}", _repair(file.parent))
 
 
-def _check_digests(
-    path: Path, opened: dict[str, int], digests: dict[str, Any], checked: Path | None
-) -> None:
-    if checked is not None and _all_known(path, opened, digests, checked):
-        return
-    with _hashing:
-        if checked is not None and _all_known(path, opened, digests, checked):
-            return
-        for name, fd in opened.items():
-            before = _identity(fd, "")
-            if hash_descriptor(fd) != digests[name] or _identity(fd, "") != before:
-                raise ImageError(
-                    f"{path / name} is altered: its SHA-256 is not that of the build", _repair(path)
-                )
-
-
-def _all_known(path: Path, opened: dict[str, int], digests: dict[str, Any], checked: Path) -> bool:
-    known = _recall(path, checked)
-    return all(known.get(name) == _identity(fd, digests[name]) for name, fd in opened.items())
-
-
 def hash_descriptor(fd: int) -> str:
     """SHA-256 of the whole file; the descriptor's offset stays where it is."""
     total = hashlib.sha256()
@@ -126,13 +134,10 @@ def hash_descriptor(fd: int) -> str:
     return total.hexdigest()
 
 
-def _identity(fd: int, digest: object) -> list[object]:
+def _identity(fd: int) -> tuple[int, ...]:
     """What differs after any change of the file. No program can set ctime."""
     status = os.fstat(fd)
-    return [
-        *(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns),
-        digest,
-    ]
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def _memory_of(path: Path, checked: Path) -> Path:
@@ -147,7 +152,7 @@ def _recall(path: Path, checked: Path) -> dict[str, Any]:
     return known if isinstance(known, dict) else {}
 
 
-def remember(path: Path, found: dict[str, list[object]], checked: Path) -> None:
+def _remember(path: Path, found: dict[str, list[object]], checked: Path) -> None:
     """Only saves time: whatever cannot be written is not remembered."""
     known = _recall(path, checked)
     merged = {**known, **found}
@@ -171,4 +176,4 @@ def forget(path: Path, checked: Path = CHECKED_DIR) -> None:
 
 
 def _repair(path: Path) -> str:
-    return suggest_repair(path.parent.parent, path.parent.name)
+    return suggest_repair(path.parent.parent, path.parent.name, path.name)

@@ -76,6 +76,8 @@ def remove_leftovers(images: Path) -> list[str]:
             if not work.is_symlink() and work.is_dir() and not is_owned(work):
                 set_aside(images, work)
                 removed.append(work.name)
+        for link in (*images.glob(f"*/.{CURRENT}"), *images.glob(f"*/.{PREVIOUS}")):
+            link.unlink()  # of a switch that was interrupted
         aside = sorted(images.glob(f"{GONE}*"))
     # A large tree takes its time, in which others may have the store.
     for folder in aside:

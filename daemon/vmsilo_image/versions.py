@@ -118,11 +118,13 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     return data if isinstance(data, dict) else None
 
 
-def suggest_repair(images: Path, name: str) -> str:
-    """What to do when the current version cannot be used."""
+def suggest_repair(images: Path, name: str, bad: str = "") -> str:
+    """What to do when the current version, or `bad`, cannot be used."""
     build = f"sudo vmsilo image build {name}"
     try:
         previous = find_previous(images / name)
     except OSError:
         previous = None
-    return f"sudo vmsilo image use {name} previous, or {build}" if previous else build
+    if previous is None or previous == bad:
+        return build
+    return f"sudo vmsilo image use {name} previous, or {build}"

@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         sys.stderr.write(f"{PROGRAM}: interrupted, nothing is left behind\n")
         return 128 + stop.number
+    except KeyboardInterrupt:  # whatever it was about, gc goes on with it
+        return 130
     except BrokenPipeError:
         return 141
     return 0

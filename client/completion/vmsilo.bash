@@ -71,6 +71,8 @@ _vmsilo_vmsilo() {
         _vmsilo_words 'list status memory check image pci usb network version help'
     elif [[ ${COMP_WORDS[1]} == pci && COMP_CWORD -eq 2 ]]; then
         _vmsilo_words 'list claim release'
+    elif [[ ${COMP_WORDS[1]} == image && COMP_CWORD -eq 2 ]]; then
+        _vmsilo_words 'list build use diff verify rm gc path clean'
     elif [[ ${COMP_WORDS[COMP_CWORD]} == -* ]]; then
         _vmsilo_words '--json'
     elif [[ ${COMP_WORDS[1]} == status ]]; then

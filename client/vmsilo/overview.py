@@ -20,7 +20,7 @@ Usage: vmsilo COMMAND [ARGUMENT]...
   status [--json] [NAME]  the same; everything about one VM
   memory NAME [SIZE]      a VM's memory, and a change of it; see vmsilo memory --help
   check [--json]          check the configuration
-  image ...               build and list images; see vmsilo image --help
+  image ...               the images of VMs and their versions; see vmsilo image --help
   pci ...                 the PCI devices of the host; see vmsilo pci --help
   usb ...                 USB devices of this computer in VMs; see vmsilo usb --help
   network ...             interfaces of running VMs; see vmsilo network --help
@@ -42,7 +42,11 @@ def main(argv: list[str], place: Place) -> int:
     if command in ("version", "--version"):
         _print(f"vmsilo {_version(place)}\n")
         return 0
-    if command in ("check", "image"):
+    if command == "image":
+        from vmsilo.image import main as main_image
+
+        return main_image(arguments, place)
+    if command == "check":
         return _become(f"{place.libdir}/bin/vmsilo-{command}", arguments)
     if command == "memory":
         from vmsilo import memory
@@ -181,11 +185,12 @@ def _show_vm(name: str, place: Place, *, as_json: bool) -> int:
     if as_json:
         _print_json(vm)
     else:
-        shown = {key: _text(key, vm) for key in vm if key not in ("Problems", "Network")}
+        shown = {key: _text(key, vm) for key in vm if key not in ("Problems", "Network", "RestartReasons")}
         width = max(len(key) for key in shown)
         lines = [f"{printable(key, 40).ljust(width)}  {value}".rstrip() for key, value in shown.items()]
         if vm.get("RestartNeeded"):
-            lines.append(f"restart needed: the configuration of '{name}' has changed since it was started")
+            reasons = [printable(reason, 200) for reason in vm.get("RestartReasons") or []]
+            lines.append(f"restart needed: {'; '.join(reasons) or 'what it was started with has changed'}")
         lines += [f"problem: {printable(problem)}" for problem in vm.get("Problems") or []]
         lines += [_interface(port) for port in vm["Network"]]
         _print("\n".join(lines) + "\n")

@@ -5,13 +5,11 @@ about images or this host, 2 for a wrong command line, 128 + n for signal n.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import store
+from . import commands, integrity, store, usage
 from .build import Interrupted, Order, build_image
 from .errors import ImageError
 from .progress import Progress
@@ -20,7 +18,7 @@ from .rootfs import find_guest_files
 from .tools import check_tools
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 IMAGES = Path("/var/lib/vmsilo/images")
 PROGRAM = "vmsilo-image"
@@ -28,9 +26,9 @@ PROGRAM = "vmsilo-image"
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    commands = {"build": run_build, "list": run_list, "path": run_path, "clean": run_clean}
+    run: Callable[[argparse.Namespace], None] = arguments.run
     try:
-        commands[arguments.command](arguments)
+        run(arguments)
     except ImageError as error:
         for line in error.fact.splitlines():
             sys.stderr.write(f"{PROGRAM}: {line}\n")
@@ -40,32 +38,70 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         sys.stderr.write(f"{PROGRAM}: interrupted, nothing is left behind\n")
         return 128 + stop.number
+    except KeyboardInterrupt:  # whatever it was about, gc goes on with it
+        return 130
+    except BrokenPipeError:
+        return 141
     return 0
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog=PROGRAM, description="Builds and lists the images of vmsilo's VMs."
+        prog=PROGRAM, description="Builds, lists, switches, compares and removes the images of vmsilo's VMs."
     )
     parser.add_argument("--images", type=Path, default=IMAGES, metavar="DIR", help=f"default {IMAGES}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("--state", type=Path, default=usage.STATE_DIR, help=argparse.SUPPRESS)
+    parser.add_argument("--checked", type=Path, default=integrity.CHECKED_DIR, help=argparse.SUPPRESS)
+    found = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     # Accepted after the command too, where people type it.
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument(
         "--images", type=Path, default=argparse.SUPPRESS, metavar="DIR", help=argparse.SUPPRESS
     )
-    build = commands.add_parser("build", parents=[shared], help="build a new version and make it current")
+
+    def add(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        command = found.add_parser(name, parents=[shared], help=text, description=text.capitalize() + ".")
+        command.set_defaults(run=run)
+        return command
+
+    build = add("build", run_build, "build a new version and make it current")
     build.add_argument("name", metavar="NAME")
     build.add_argument("--recipe", type=Path, metavar="FILE", help="instead of the recipe found by NAME")
     build.add_argument("--json", action="store_true", help="print the manifest instead of the path")
-    listing = commands.add_parser("list", parents=[shared], help="list all versions of all images")
+    listing = add("list", commands.run_list, "list all versions of all images")
     listing.add_argument("--json", action="store_true")
-    path = commands.add_parser("path", parents=[shared], help="print the directory of the current version")
+    use = add("use", commands.run_use, "make a version current: VMs start from it from now on")
+    use.add_argument("name", metavar="NAME")
+    use.add_argument("version", metavar="VERSION|previous")
+    diff = add("diff", commands.run_diff, "show what differs: packages, recipe, sizes")
+    diff.add_argument(
+        "old", metavar="A", help="NAME or NAME/VERSION; NAME alone: its previous and current version"
+    )
+    diff.add_argument("new", metavar="B", nargs="?")
+    diff.add_argument("--json", action="store_true")
+    verify = add("verify", commands.run_verify, "read every byte and compare it with what was built")
+    verify.add_argument("name", metavar="NAME", nargs="?")
+    verify.add_argument("version", metavar="VERSION", nargs="?")
+    rm = add("rm", commands.run_rm, "remove versions that no VM runs from")
+    rm.add_argument("name", metavar="NAME")
+    rm.add_argument("versions", metavar="VERSION", nargs="*")
+    rm.add_argument("--all", action="store_true", help="the whole image")
+    gc = add("gc", commands.run_gc, "remove versions that nobody needs, and what was left behind")
+    gc.add_argument("name", metavar="NAME", nargs="?")
+    gc.add_argument("--keep", type=parse_count, metavar="N", help="how many of the newest versions stay")
+    gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    path = add("path", commands.run_path, "print the directory of the current version")
     path.add_argument("name", metavar="NAME")
-    commands.add_parser("clean", parents=[shared], help="remove what a killed build has left")
+    add("clean", commands.run_clean, "remove what a killed build or removal has left")
     arguments = parser.parse_args(argv)
     arguments.images = arguments.images.absolute()
     return arguments
+
+
+def parse_count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 1000):
+        raise argparse.ArgumentTypeError("a number from 1 to 1000")
+    return int(text)
 
 
 def run_build(arguments: argparse.Namespace) -> None:
@@ -74,41 +110,12 @@ def run_build(arguments: argparse.Namespace) -> None:
     builtin = guest.image / "default.toml"
     path = arguments.recipe or find_recipe(name, builtin)
     recipe = load_recipe(path.absolute(), builtin)
-    check_root("build")
+    commands.check_root("build")
     check_tools()
-    order = Order(name, recipe, arguments.images, guest)
+    order = Order(name, recipe, arguments.images, guest, arguments.checked)
     built = build_image(order, Progress(sys.stderr, f"{PROGRAM} {name}"))
     text = (built / store.MANIFEST).read_text() if arguments.json else f"{built}\n"
     sys.stdout.write(text)
-
-
-def run_path(arguments: argparse.Namespace) -> None:
-    sys.stdout.write(f"{store.find_current(arguments.images, check_name(arguments.name))}\n")
-
-
-def run_list(arguments: argparse.Namespace) -> None:
-    versions = store.list_versions(arguments.images)
-    if arguments.json:
-        rows = [{**vars(each), "path": str(each.path)} for each in versions]
-        sys.stdout.write(json.dumps(rows, indent=2) + "\n")
-        return
-    width = max((len(each.name) for each in versions), default=0)
-    for each in versions:
-        mark = "current" if each.current else ""
-        size = f"{each.size / (1 << 20):.0f} MiB"
-        row = f"{each.name:<{width}}  {each.version}  {size:>9}  {each.built[:19].replace('T', ' ')}  {mark}"
-        sys.stdout.write(row.rstrip() + "\n")
-
-
-def run_clean(arguments: argparse.Namespace) -> None:
-    check_root("clean")
-    for name in store.clean_store(arguments.images):
-        sys.stdout.write(f"{name}\n")
-
-
-def check_root(command: str) -> None:
-    if os.geteuid() != 0:
-        raise ImageError(f"only root may {command} images", f"Run: sudo {PROGRAM} {command} ...")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ long as it runs and leaves either a complete version or nothing.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -17,7 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import store, tools
+from . import integrity, store, tools
+from .contents import PACKAGES, describe_recipe, list_packages
 from .errors import ImageError
 from .initrd import build_initrd, has_pmem
 from .progress import BootstrapOutput
@@ -36,6 +38,7 @@ ROOT_IMAGE = "root.erofs"
 ROOT_ALIGNMENT = 2 << 20  # bytes; persistent memory of a VM comes in huge pages
 KERNEL = "vmlinuz"
 INITRD = "initrd"
+LOG_TAIL = 1 << 20  # bytes
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -47,6 +50,7 @@ class Order:
     recipe: Recipe
     images: Path
     guest: GuestFiles
+    checked: Path = integrity.CHECKED_DIR
 
 
 class Interrupted(BaseException):
@@ -78,17 +82,49 @@ def unwinding_signals() -> Iterator[None]:
 def build_image(order: Order, progress: Progress) -> Path:
     """The published version's directory. On failure the log is kept and the error names it."""
     os.umask(0o022)
-    with unwinding_signals(), store.private_build(order.images) as work:
-        log = work / "log"
-        log.touch()
-        try:
-            return _build(order, progress, work, log)
-        except ImageError as error:
-            kept = keep_log(log, order.name)
-            hint = f"The whole output is in {kept}." if kept else None
-            raise ImageError(error.fact, " ".join(filter(None, (error.hint, hint)))) from error
-        finally:
-            progress.done()
+    try:
+        with unwinding_signals(), store.private_build(order.images) as work:
+            integrity.check_owner(order.images)
+            log = work / "log"
+            log.touch()
+            try:
+                built = _build(order, progress, work, log)
+            except ImageError as error:
+                raise _explain(error, order, log) from error
+            finally:
+                progress.done()
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise full_disk(order.images) from error
+        raise ImageError(f"{error.filename or order.images}: {error.strerror}") from error
+    # Read back before anything starts from it, and remembered: the first start has that work saved.
+    integrity.check_version(built, None, order.checked)
+    return built
+
+
+def _explain(error: ImageError, order: Order, log: Path) -> ImageError:
+    """A full disk has many faces: a tool's output, an error of our own. Else the error, with its log."""
+    cause = error.__cause__
+    if (isinstance(cause, OSError) and cause.errno == errno.ENOSPC) or _says_full(log):
+        return full_disk(order.images)
+    kept = keep_log(log, order.name)
+    hint = f"The whole output is in {kept}." if kept else None
+    return ImageError(error.fact, " ".join(filter(None, (error.hint, hint))))
+
+
+def _says_full(log: Path) -> bool:
+    with log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - LOG_TAIL))
+        return os.strerror(errno.ENOSPC).encode() in file.read()
+
+
+def full_disk(images: Path) -> ImageError:
+    status = os.statvfs(images)
+    free = status.f_bavail * status.f_frsize >> 20
+    return ImageError(
+        f"the disk of {images} is full: {free} MiB are left, and a build takes some 2 GiB until it is done",
+        "Make room, for example: sudo vmsilo image gc",
+    )
 
 
 def _build(order: Order, progress: Progress, work: Path, log: Path) -> Path:
@@ -102,15 +138,16 @@ def _build(order: Order, progress: Progress, work: Path, log: Path) -> Path:
     tools.run_tool(plan_bootstrap(order.recipe, root), log, env=env, on_line=watcher.feed)
     progress.begin("configure")
     release, kernel = find_kernel(root)
+    shutil.copyfile(kernel, ready / KERNEL)
     (ready / INITRD).write_bytes(build_initrd(root, release, order.guest.read("init")))
     pmem = has_pmem(root, release)
-    shutil.copyfile(kernel, ready / KERNEL)
-    packages = count_packages(root)
+    packages = list_packages(root)
+    (ready / PACKAGES).write_text(json.dumps(packages, indent=0) + "\n")
     configure_root(root, release, order.recipe, order.guest, log)
     progress.begin("pack")
     pack_root(order.recipe, root, ready / ROOT_IMAGE, progress, log)
     progress.begin("publish")
-    version = write_manifest(order, ready, KernelFacts(release, pmem=pmem), packages)
+    version = write_manifest(order, ready, KernelFacts(release, pmem=pmem), len(packages))
     for path in ready.iterdir():
         path.chmod(0o644)
     return store.publish(order.images, order.name, ready, version)
@@ -140,11 +177,6 @@ def find_kernel(root: Path) -> tuple[str, Path]:
     if not found:
         raise ImageError("the image has no kernel in /boot", "Name a package with one as `kernel`.")
     return found[-1].name.removeprefix("vmlinuz-"), found[-1]
-
-
-def count_packages(root: Path) -> int:
-    status = resolve_inside(root, "/var/lib/dpkg/status").read_text()
-    return status.count("\nStatus: install ok installed\n")
 
 
 def pack_root(recipe: Recipe, root: Path, target: Path, progress: Progress, log: Path) -> None:
@@ -198,8 +230,11 @@ def write_manifest(order: Order, ready: Path, kernel: KernelFacts, packages: int
         "packages": packages,
         "user": order.recipe.user,
         "uid": order.recipe.uid,
+        "keep": order.recipe.keep,
+        "recipe": describe_recipe(order.recipe),
         "recipe_sha256": order.recipe.digest(),
         "agent_sha256": order.guest.digest(),
+        "sizes": {name: (ready / name).stat().st_size for name in digests},
         "sha256": digests,
     }
     (ready / store.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")

@@ -66,6 +66,7 @@ class Recipe(BaseModel):
     uid: Annotated[int, Field(ge=1000, le=60000)] = 1000
     compression: Literal["none", "lz4", "lz4hc"] = "lz4"
     size_limit: int = 4 << 30
+    keep: Annotated[int, Field(ge=1, le=1000)] = 2
 
     @field_validator("size_limit", mode="before")
     @classmethod

@@ -1,24 +1,25 @@
-"""The images directory: private build directories, published versions, the `current` link. Called by build
+"""The images directory: private build directories, published versions, the links to them. Called by build
 and by the command line; never touches what is inside an image.
 
-    DIR/.lock                    held for moments only: while a build directory appears, goes or is published
+    DIR/.lock                    held for moments only: while something appears, goes or is switched
     DIR/.build-*/lock            held by its builder as long as that lives; free means stale
+    DIR/.gone-*                  a version, or a stale build, that is being deleted; anybody goes on with it
     DIR/NAME/VERSION/            never changed after it appeared; VERSION sorts by time
-    DIR/NAME/current -> VERSION
+    DIR/NAME/current -> VERSION  what VMs start from
+    DIR/NAME/previous -> VERSION what was current before
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import re
+import secrets
 import shutil
 import subprocess
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,26 +29,20 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PREFIX = ".build-"
+GONE = ".gone-"
 CURRENT = "current"
+PREVIOUS = "previous"
 MANIFEST = "manifest.json"
 VERSION = re.compile(r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]{8}")
-
-
-@dataclass(frozen=True)
-class Version:
-    name: str
-    version: str
-    path: Path
-    current: bool
-    size: int
-    built: str
 
 
 @contextlib.contextmanager
 def hold_store(images: Path) -> Iterator[None]:
     try:
         images.mkdir(mode=0o755, parents=True, exist_ok=True)
-        file = (images / ".lock").open("w")
+        # Nobody else may open it: flock(2) needs no right to write, and who holds it holds up all others.
+        file = os.fdopen(os.open(images / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "w")
+        os.fchmod(file.fileno(), 0o600)
     except OSError as error:
         raise ImageError(f"{images} cannot be written: {error.strerror}") from error
     with file:
@@ -59,8 +54,8 @@ def hold_store(images: Path) -> Iterator[None]:
 def private_build(images: Path) -> Iterator[Path]:
     """A fresh directory below `images` that is gone when the block ends, however it ends. After a kill -9
     it is the next builder's to remove: the kernel drops the lock with the process."""
+    remove_leftovers(images)
     with hold_store(images):
-        remove_stale(images)
         work = Path(tempfile.mkdtemp(prefix=PREFIX, dir=images))
         lock = (work / "lock").open("w")
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -71,20 +66,38 @@ def private_build(images: Path) -> Iterator[Path]:
         lock.close()
 
 
-def clean_store(images: Path) -> list[str]:
-    with hold_store(images):
-        return remove_stale(images)
-
-
-def remove_stale(images: Path) -> list[str]:
-    """Removes build directories without a living builder; returns their names. The caller holds the
-    store."""
+def remove_leftovers(images: Path) -> list[str]:
+    """Deletes what was set aside, and build directories without a living builder; returns their names."""
+    if not images.is_dir():
+        return []
     removed = []
-    for work in sorted(images.glob(f"{PREFIX}*")):
-        if not work.is_symlink() and work.is_dir() and not is_owned(work):
-            remove_tree(work)
-            removed.append(work.name)
+    with hold_store(images):
+        for work in sorted(images.glob(f"{PREFIX}*")):
+            if not work.is_symlink() and work.is_dir() and not is_owned(work):
+                set_aside(images, work)
+                removed.append(work.name)
+        for link in (*images.glob(f"*/.{CURRENT}"), *images.glob(f"*/.{PREVIOUS}")):
+            link.unlink()  # of a switch that was interrupted
+        aside = sorted(images.glob(f"{GONE}*"))
+    # A large tree takes its time, in which others may have the store.
+    for folder in aside:
+        remove_tree(folder)
+        if not folder.name.startswith(f"{GONE}{PREFIX}"):
+            removed.append(folder.name)
     return removed
+
+
+def set_aside(images: Path, folder: Path) -> Path:
+    """By one rename out of everybody's sight; whoever is interrupted before it is deleted leaves it to
+    remove_leftovers(). The caller holds the store."""
+    target = images / f"{GONE}{folder.name}-{secrets.token_hex(4)}"
+    try:
+        folder.rename(target)
+        sync(folder.parent)
+        sync(images)
+    except OSError as error:
+        raise ImageError(f"{folder} cannot be removed: {error.strerror}") from error
+    return target
 
 
 def is_owned(work: Path) -> bool:
@@ -115,7 +128,7 @@ def remove_tree(work: Path) -> None:
         subprocess.run(["umount", "--", point], check=False, capture_output=True, env={"PATH": os.defpath})
     left = find_mounts(Path("/proc/self/mountinfo").read_text(), inside)
     if left:
-        raise ImageError(f"{left[0]} cannot be unmounted", "End what uses it, then run vmsilo-image clean.")
+        raise ImageError(f"{left[0]} cannot be unmounted", "End what uses it, then run: vmsilo image gc")
     # Children of a killed builder die with it, but a moment later; they may still be writing.
     for attempt in range(20):
         try:
@@ -139,22 +152,40 @@ def publish(images: Path, name: str, ready: Path, version: str) -> Path:
         sync_tree(ready)
         with hold_store(images):
             target.parent.mkdir(mode=0o755, exist_ok=True)
+            sync(images)
             ready.rename(target)
             sync(target.parent)
             switch_current(target.parent, version)
-            sync(images)
     except OSError as error:
         raise ImageError(f"{target} cannot be published: {error.strerror}") from error
     return target
 
 
 def switch_current(folder: Path, version: str) -> None:
-    """Points `current` at `version` by one rename. A left-over of an interrupted switch is replaced."""
-    staged = folder / f".{CURRENT}"
-    staged.unlink(missing_ok=True)
-    staged.symlink_to(version)
-    staged.rename(folder / CURRENT)
+    """Points `current` at `version` by one rename, and before that `previous` at what was current. The
+    caller holds the store."""
+    old = read_link(folder / CURRENT)
+    if old == version:
+        return
+    if old is not None:
+        _point(folder / PREVIOUS, old)
+    _point(folder / CURRENT, version)
     sync(folder)
+
+
+def _point(link: Path, target: str) -> None:
+    """A left-over of an interrupted switch is replaced."""
+    staged = link.with_name(f".{link.name}")
+    staged.unlink(missing_ok=True)
+    staged.symlink_to(target)
+    staged.rename(link)
+
+
+def read_link(link: Path) -> str | None:
+    try:
+        return str(link.readlink())
+    except OSError:
+        return None
 
 
 def sync_tree(folder: Path) -> None:
@@ -169,39 +200,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def list_versions(images: Path) -> list[Version]:
-    """All versions, by name, the newest first. A directory without a readable manifest is not a version."""
-    found = []
-    for folder in sorted(images.iterdir()) if images.is_dir() else []:
-        if folder.name.startswith(".") or not folder.is_dir():
-            continue
-        link = folder / CURRENT
-        current = str(link.readlink()) if link.is_symlink() else None
-        for path in sorted(folder.iterdir(), reverse=True):
-            manifest = read_manifest(path) if VERSION.fullmatch(path.name) else None
-            if manifest is None:
-                continue
-            size = sum(child.stat().st_size for child in path.iterdir())
-            built = str(manifest.get("built", ""))
-            found.append(Version(folder.name, path.name, path, path.name == current, size, built))
-    return found
-
-
-def read_manifest(path: Path) -> dict[str, object] | None:
-    try:
-        data = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError):
-        return None
-    return data if isinstance(data, dict) else None
-
-
-def find_current(images: Path, name: str) -> Path:
-    link = images / name / CURRENT
-    if not link.is_symlink():
-        raise ImageError(f"there is no image {name} in {images}", f"Build it: vmsilo image build {name}")
-    path = images / name / link.readlink()
-    if read_manifest(path) is None:
-        raise ImageError(f"{path} has no readable {MANIFEST}", f"Build it again: vmsilo image build {name}")
-    return path

@@ -26,6 +26,7 @@ from vmsilod.control import ControlServer
 from vmsilod.endings import Endings
 from vmsilod.errors import VmsiloError
 from vmsilod.holders import Holders
+from vmsilod.image_watch import ImageWatch
 from vmsilod.lifecycle import Lifecycle
 from vmsilod.network.pool import NetworkPool
 from vmsilod.network.switch import Switches
@@ -35,6 +36,7 @@ from vmsilod.pci.claims import PciClaims
 from vmsilod.publication import Publication
 from vmsilod.registry import Registry
 from vmsilod.relay_client import RelayClient
+from vmsilod.resources.image import IMAGES_DIR
 from vmsilod.runs import Runs
 from vmsilod.systemd import Systemd
 from vmsilod.usb.attachments import UsbAttachments
@@ -77,6 +79,9 @@ class Daemon:
         await self._endings.load()
         await self._runs.repair()
         await self._lifecycle.refresh_all()
+        self._image_watch = ImageWatch(
+            IMAGES_DIR, self._registry.images, self._lifecycle.configuration_applied
+        )
         self._network_watch = NetworkWatch(self._network.rules_touched, self._network.links_touched)
         await self._publication.reload()
         await self._lifecycle.refresh_all()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from inotify_simple import INotify, flags
 
 from vmsilod.errors import StartFailed
-from vmsilod.resources import image, record, rundir, ssh_keys, vhost_user, vsock
+from vmsilod.resources import image, image_check, record, rundir, ssh_keys, vhost_user, vsock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -102,6 +102,7 @@ def acquire(request: Request) -> Acquired:
             return fd
 
         files = image.find_boot_files(request.boot)
+        image_check.require_whole(files)
         directory = rundir.create_rundir(request.name)
         secret = secrets.token_hex(SECRET_BYTES)
         kernel_fd = keep(image.open_file(files.kernel))

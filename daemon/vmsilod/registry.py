@@ -16,7 +16,7 @@ from vmsilod.vmm.outcome import Outcome, OutcomeKind
 from vmsilod.waiting import Lock
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from concurrent.futures import Future
 
     from vmsilod.config.load import Configuration
@@ -50,6 +50,7 @@ class Vm:
     stop_deadline: float | None = None
     lock: Lock = field(default_factory=Lock)
     waiters: list[Future[None]] = field(default_factory=list)
+    images: Mapping[str, str] = field(default_factory=dict)  # current version of each image
 
     @property
     def last_result(self) -> str:
@@ -89,10 +90,24 @@ class Vm:
 
     @property
     def restart_needed(self) -> bool:
+        return bool(self.restart_reasons)
+
+    @property
+    def restart_reasons(self) -> tuple[str, ...]:
+        """What differs from what the VM was started with, for people."""
         started = self.started
         if started is None or not self.is_up:
-            return False
-        return self.config is None or self.config.digest() != started.digest()
+            return ()
+        reasons = []
+        if self.config is None or self.config.digest() != started.digest():
+            reasons.append("its configuration has changed")
+        if self._image_moved(started.image):
+            reasons.append(f"its image {started.image} has another current version")
+        return tuple(reasons)
+
+    def _image_moved(self, image: str) -> bool:
+        used = self.record.version if self.record is not None else ""
+        return used not in ("", "custom") and self.images.get(image, used) != used
 
     @property
     def started(self) -> VmConfig | None:
@@ -129,6 +144,7 @@ class Registry:
 
     def __init__(self) -> None:
         self._vms: dict[str, Vm] = {}
+        self.images: dict[str, str] = {}  # current version of each image; ImageWatch keeps it
 
     def __iter__(self) -> Iterator[Vm]:
         return iter([self._vms[name] for name in sorted(self._vms)])
@@ -144,14 +160,14 @@ class Registry:
 
     def adopt(self, name: str) -> Vm:
         """The VM of a run that a record names, whether or not it is still configured."""
-        return self._vms.setdefault(name, Vm(name, configured=False))
+        return self._vms.setdefault(name, Vm(name, configured=False, images=self.images))
 
     def apply(self, configuration: Configuration) -> None:
         """Take over a newly read configuration; running VMs keep what they were started with."""
         broken = configuration.broken
         names = set(configuration.vms) | set(broken)
         for name in names:
-            vm = self._vms.setdefault(name, Vm(name))
+            vm = self._vms.setdefault(name, Vm(name, images=self.images))
             vm.config = configuration.vms.get(name)
             vm.problems = tuple(str(problem) for problem in broken.get(name, ()))
             vm.configured = True

@@ -163,7 +163,11 @@ class Runs:
             if choice.kind is VmmKind.QEMU and not host.kvm.usable:
                 log.warning("VM %s: %s (%s)", vm.name, TCG_WARNING, host.kvm.reason)
             vm.record = dataclasses.replace(
-                vm.record, cid=acquired.cid, launched=True, login=acquired.files.login
+                vm.record,
+                cid=acquired.cid,
+                launched=True,
+                login=acquired.files.login,
+                version=acquired.files.version,
             )
             await loop.in_worker(records.save_record, vm.record)
         except BaseException:

@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from hosts.standin.site import unit
+from image_tree import FIRST
 
 if TYPE_CHECKING:
     from hosts.standin.site import Site
@@ -41,7 +42,7 @@ def test_the_vmm_gets_the_descriptors_that_its_command_line_names_and_no_other(s
     name = site.running()
     text = site.journal_of(name).partition("standin fds: ")[2].partition("\n")[0]
     fds = {int(number): target for number, target in json.loads(text).items()}
-    image = "/var/lib/vmsilo/images/default/20260101T000000Z-00000000"
+    image = f"/var/lib/vmsilo/images/default/{FIRST}"
     assert fds.pop(0) == fds.pop(1)
     assert fds.pop(2).partition(":")[0] == "socket"  # the journal
     passed = sorted(target.partition(":[")[0] for target in fds.values())

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from vmsilo_image import store
+from vmsilo_image import store, versions
 from vmsilo_image.__main__ import main
 from vmsilo_image.errors import ImageError
 from vmsilo_image.progress import BootstrapOutput, Progress
@@ -21,7 +21,7 @@ HOLDER = """
 import sys, time
 sys.path.insert(0, {daemon!r})
 from pathlib import Path
-from vmsilo_image import store
+from vmsilo_image import store, versions
 with store.private_build(Path({images!r})) as work:
     (work / "root").mkdir()
     (work / "root/file").write_text("x")
@@ -44,9 +44,9 @@ def test_publish_switches_current(tmp_path: Path) -> None:
         make_version(images, work, "web", FIRST)
     with store.private_build(images) as work:
         second = make_version(images, work, "web", SECOND)
-    assert store.find_current(images, "web") == second
+    assert versions.find_current(images, "web") == second
     assert str((images / "web/current").readlink()) == SECOND
-    listed = store.list_versions(images)
+    listed = versions.list_versions(images)
     assert [(v.version, v.current) for v in listed] == [(SECOND, True), (FIRST, False)]
     assert sorted(path.name for path in images.iterdir()) == [".lock", "web"]
 
@@ -92,17 +92,17 @@ def test_stale_build_is_removed_a_living_one_is_not(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         name = holder.stdout.readline().strip()
-        assert store.clean_store(tmp_path) == []
+        assert store.remove_leftovers(tmp_path) == []
         assert (tmp_path / name / "root/file").exists()
         holder.send_signal(signal.SIGKILL)
         holder.wait()
-    assert store.clean_store(tmp_path) == [name]
+    assert store.remove_leftovers(tmp_path) == [name]
     assert not (tmp_path / name).exists()
 
 
 def test_build_directory_without_lock_is_stale(tmp_path: Path) -> None:
     (tmp_path / ".build-x").mkdir()
-    assert store.clean_store(tmp_path) == [".build-x"]
+    assert store.remove_leftovers(tmp_path) == [".build-x"]
 
 
 def test_mounts_below_are_found_innermost_first() -> None:
@@ -120,7 +120,7 @@ def test_mounts_below_are_found_innermost_first() -> None:
 
 def test_missing_image_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="no image mail") as caught:
-        store.find_current(tmp_path, "mail")
+        versions.find_current(tmp_path, "mail")
     assert caught.value.hint == "Build it: vmsilo image build mail"
 
 

@@ -44,6 +44,9 @@ class VmView:
     auto_start: bool = False
     depends_on: tuple[str, ...] = ()
     unit: str = ""
+    restart_reasons: tuple[str, ...] = ()
+    image: str = ""
+    image_version: str = ""
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,9 @@ _PROPERTIES: dict[str, tuple[str, str]] = {
     "AutoStart": ("b", "auto_start"),
     "DependsOn": ("as", "depends_on"),
     "Unit": ("s", "unit"),
+    "RestartReasons": ("as", "restart_reasons"),
+    "Image": ("s", "image"),
+    "ImageVersion": ("s", "image_version"),
 }
 
 

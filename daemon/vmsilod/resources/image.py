@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vmsilo_image.cpio import SshKeys, check_login, secret_archive
+from vmsilo_image.versions import suggest_repair
 
 from vmsilod.errors import StartFailed
 from vmsilod.resources.paths import open_safely
@@ -40,6 +41,7 @@ class BootFiles:
     pmem: bool = False
     """The image says that its root may be persistent memory: its initrd has the driver for that."""
     login: str = "user"  # the guest's user, as the image's manifest says
+    folder: Path | None = None  # of the version, where anything is of the image
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def find_boot_files(choice: BootChoice, images: Path = IMAGES_DIR) -> BootFiles:
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise StartFailed(
                 f"image '{choice.image}' has no usable current version in {images}",
-                f"sudo vmsilo image build {choice.image}",
+                suggest_repair(images, choice.image),
             ) from error
     own_kernel = choice.kernel is not None
     all_of_image = not (choice.kernel or choice.initramfs or choice.root_disk)
@@ -79,6 +81,7 @@ def find_boot_files(choice: BootChoice, images: Path = IMAGES_DIR) -> BootFiles:
         version=base.name if needs_image else "custom",
         pmem=all_of_image and manifest.get("pmem") is True,
         login=login,
+        folder=base if needs_image else None,
     )
 
 

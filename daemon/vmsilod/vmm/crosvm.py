@@ -97,10 +97,10 @@ def _vsock_args(leases: Leases, fds: PassedFds) -> list[str]:
 def _disk_args(root: Disk | None, fds: PassedFds) -> list[str]:
     if root is None:
         return []
-    # flock(2): shared for a read-only image, so that many VMs have it and its remover sees it in use;
-    # exclusive for a writable one.
-    access = "true" if root.readonly else "false"
-    return ["--block", f"path={fds.path(root.fd)},ro={access},lock=true"]
+    # flock(2), exclusive, for a writable one. None for an image, which everybody may read: who may read a
+    # file may lock it, and crosvm would not start beside such a lock.
+    ro, lock = ("true", "false") if root.readonly else ("false", "true")
+    return ["--block", f"path={fds.path(root.fd)},ro={ro},lock={lock}"]
 
 
 def _pci_args(vm: VmShape) -> list[str]:

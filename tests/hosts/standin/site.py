@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from image_tree import FIRST, version_files
 from vmsilo_image import cpio
 
 from hosts.layers import USER
@@ -60,19 +61,16 @@ class Site:
             self.host.write(target, (HERE / source).read_text(), mode=0o755)
         self.make_image("default")
 
-    def make_image(self, name: str) -> None:
-        """An image as `vmsilo image build` leaves it, of nothing that could boot."""
-        version = "20260101T000000Z-00000000"
-        folder = f"/var/lib/vmsilo/images/{name}/{version}"
-        initrd = cpio.newc_archive([cpio.regular("init", b"stand-in")]).decode("ascii")
-        for file, text in (
-            ("vmlinuz", "kernel"),
-            ("root.erofs", "root"),
-            ("initrd", initrd),
-            ("manifest.json", json.dumps({"built": "2026-01-01T00:00:00Z"})),
-        ):
-            self.host.write(f"{folder}/{file}", text)
-        self.host.run(["ln", "-sfn", version, f"/var/lib/vmsilo/images/{name}/current"])
+    def make_image(self, name: str, version: str = FIRST) -> str:
+        """A version as `vmsilo image build` leaves it, of nothing that could boot; current from here on.
+        Returns its folder."""
+        image = f"/var/lib/vmsilo/images/{name}"
+        initrd = cpio.newc_archive([cpio.regular("init", b"stand-in")])
+        files = {"vmlinuz": b"kernel", "root.erofs": b"root " + version.encode(), "initrd": initrd}
+        for file, data in version_files(version, files).items():
+            self.host.write(f"{image}/{version}/{file}", data.decode("ascii"))
+        self.host.run(f"ln -s {version} {image}/.new && mv -T {image}/.new {image}/current")
+        return f"{image}/{version}"
 
     # VMs
 

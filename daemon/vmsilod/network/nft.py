@@ -164,11 +164,6 @@ def remove() -> None:
     _run(["-f", "-"], render_removal())
 
 
-def read_denials() -> dict[str, int]:
-    """Packets of a VM that were dropped because it may not go there, by TAP. Raises Failed."""
-    return {tap: kinds["denied"].packets for tap, kinds in read_counts().items() if "denied" in kinds}
-
-
 def read_counts() -> dict[str, dict[str, Count]]:
     """What was dropped so far, by interface and kind: "denied" (not open to the VM), "inbound" (for it, and
     not asked for), "elsewhere" (an address of a VM came in by this interface), and the kinds of LIES. No
@@ -183,6 +178,17 @@ def read_counts() -> dict[str, dict[str, Count]]:
                 before = kinds.get(kind, Count())
                 kinds[kind] = Count(before.packets + count.packets, before.bytes + count.bytes)
     return found
+
+
+def read_counters(table: str, chains: Collection[str]) -> int:
+    """The packets that rules with a counter in these chains of a `netdev` table have seen. Raises Failed."""
+    return sum(
+        expression["counter"]["packets"]
+        for rule in _list(["table", "netdev", table]).get("rule", [])
+        if rule.get("chain") in chains
+        for expression in rule.get("expr", [])
+        if "counter" in expression
+    )
 
 
 def find_obstacles() -> tuple[str, ...]:

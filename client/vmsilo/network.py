@@ -18,8 +18,8 @@ Usage: vmsilo network list [--json] VM
        vmsilo network attach VM INTERFACE
        vmsilo network detach VM INTERFACE
 
-  list    the TAPs of a VM: state, bytes, packets that its rules denied; "detached": the file has
-          the interface and the running VM has it not
+  list    the interfaces of a VM: state, bytes, packets that its rules denied, and others that they
+          dropped, by why; "detached": the file has the interface and the running VM has it not
   attach  give a running VM an interface that was added to its file, or that it was detached from
   detach  take an interface away from a running VM; a restart of the VM gives it what its file says
 
@@ -65,7 +65,7 @@ def _show(ports: "list[dict[str, Any]]", name: str, *, as_json: bool) -> None:
         _print(json.dumps(ports, indent=2, sort_keys=True) + "\n")
         return
     if not ports:
-        _print(f"VM '{name}' has no TAP in the host's network.\n")
+        _print(f"VM '{name}' has no network interface.\n")
         return
     rows = [HEADINGS, *(_row(port) for port in ports)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADINGS))]
@@ -76,8 +76,18 @@ def _show(ports: "list[dict[str, Any]]", name: str, *, as_json: bool) -> None:
 def _row(port: "dict[str, Any]") -> tuple[str, ...]:
     texts = (printable(port.get(key) or "-", 20) for key in ("Interface", "Tap", "Mac", "State"))
     numbers = (str(port.get(key) or 0) for key in ("Received", "Sent", "Denied"))
-    note = printable(port.get("Problem") or "", 200)
+    dropped = describe_dropped(port)
+    notes = (printable(port.get("Problem") or "", 200), f"dropped: {dropped}" if dropped else "")
+    note = "; ".join(filter(None, notes))
     return (*texts, *(printable(number, 20) for number in numbers), note)
+
+
+def describe_dropped(port: "dict[str, Any]") -> str:
+    """What its rules refused but for `Denied`, most first: "12 arp, 3 mac"; "" for nothing."""
+    kinds = port.get("Dropped")
+    counted = kinds.items() if isinstance(kinds, dict) else ()
+    some = [(count, str(kind)) for kind, count in counted if isinstance(count, int) and count > 0]
+    return ", ".join(f"{count} {printable(kind, 20)}" for count, kind in sorted(some, reverse=True))
 
 
 def _print(text: str) -> None:

@@ -201,7 +201,14 @@ def _interface(port: "dict[str, Any]") -> str:
     counted = f"{_number(port.get('Received'))} bytes received, {_number(port.get('Sent'))} sent"
     if _number(port.get("Denied")):
         counted += f", {_number(port.get('Denied'))} packets denied"
-    place = f"{printable(port.get('Interface', ''), 20)} ({printable(port.get('Tap', ''), 20)})"
+    from vmsilo.network import describe_dropped
+
+    if dropped := describe_dropped(port):
+        counted += f", dropped: {dropped}"
+    tap = printable(port.get("Tap", ""), 20)
+    if port.get("Network"):
+        tap += f", {printable(port.get('Type', ''), 20)} {printable(port['Network'], 40)}"
+    place = f"{printable(port.get('Interface', ''), 20)} ({tap})"
     line = f"network {place}: {printable(port.get('State', ''), 20)}, {counted}"
     return f"{line}; {printable(port['Problem'])}" if port.get("Problem") else line
 

@@ -119,7 +119,11 @@ def find_detached(vm: Vm) -> list[NetworkView]:
         return []
     taps = _find_taps(vm.config)
     return [
-        NetworkView(name, taps[name], options.mac_address or derive_mac(vm.name, name), "detached")
+        NetworkView(
+            *(name, taps[name], options.mac_address or derive_mac(vm.name, name), "detached"),
+            kind=options.type,
+            network=options.vm_network.name or options.macvtap.link or options.tap.bridge or "",
+        )
         for name, options in vm.config.network.interfaces.items()
         if name not in started.network.interfaces
     ]

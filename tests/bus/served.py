@@ -112,7 +112,8 @@ class VmsInMemory:
 
     async def read_network(self, name: str) -> Sequence[NetworkView]:
         self.find(name)
-        return [NetworkView("eth0", f"{name}-0", "02:00:00:00:00:01", "up", received=1 << 40, denied=3)]
+        view = NetworkView("eth0", f"{name}-0", "02:00:00:00:00:01", "up", received=1 << 40, denied=3)
+        return [dataclasses.replace(view, dropped={"mac": 1 << 40}, network="br0")]
 
     async def attach_interface(self, name: str, interface: str) -> None:
         self.find(name)

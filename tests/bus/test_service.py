@@ -338,6 +338,8 @@ def test_the_network_is_read_at_both_objects(client: Client) -> None:
     assert port["Tap"] == ("s", "banking-0")
     assert port["Received"] == ("t", 1 << 40)
     assert port["Denied"] == ("t", 3)
+    assert port["Dropped"] == ("a{st}", {"mac": 1 << 40})
+    assert (port["Type"], port["Network"]) == (("s", "tap"), ("s", "br0"))
     assert client.call(vm_path("banking"), VM, "GetNetwork") == [port]
 
 

@@ -1,18 +1,30 @@
-"""Interfaces as a real guest has them when its first command runs. The networks are QEMU's own user-mode
-ones, whose gateway answers pings, DHCP and DNS and sends router advertisements.
+"""What a real guest has when its first command runs: names, addresses of every kind, routes, name servers;
+what it reaches by IPv6, and what becomes of it where nobody answers its DHCP.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
-from ipaddress import ip_interface, ip_network
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from vmsilo_image.cpio import secret_archive
-from vmsilod.network.guest import plan_guest_files, plan_ifnames
-from vmsilod.network.plan import Port, Route
+from e2e.internet import (
+    INTERNET,
+    INTERNET6,
+    ROUTER,
+    ROUTER6,
+    WAN,
+    WAN6,
+    addresses_of,
+    ask,
+    define,
+    in_guest,
+    internet,
+    remove,
+    served,
+    shown_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,32 +32,64 @@ if TYPE_CHECKING:
     from hosts.container import Container
 
 # By its position the first would be eth0 and the second eth1.
-PORTS = (
-    Port(
-        vm="nets",
-        interface="eth1",
-        tap="nets-0",
-        mac="52:54:00:00:00:01",
-        host_addresses=(ip_interface("10.0.2.2/24"),),
-        addresses=(ip_interface("10.0.2.77/24"), ip_interface("fd00:2::77/64")),
-        routes=(Route(ip_network("0.0.0.0/0"), "10.0.2.2"), Route(ip_network("::/0"), "fd00:2::2")),
-        nameservers=("10.0.2.3",),
-    ),
-    Port(vm="nets", interface="eth0", tap="nets-1", mac="52:54:00:00:00:02", bridge="br0", dhcp=True),
-)
-ARGUMENTS = (
-    *("-netdev", "user,id=net0,ipv6-prefix=fd00:2::,ipv6-host=fd00:2::2"),
-    *("-device", "virtio-net-pci,romfile=,netdev=net0,mac=52:54:00:00:00:01"),
-    *("-netdev", "user,id=net1,net=10.0.3.0/24,dhcpstart=10.0.3.55,ipv6-prefix=fd00:3::"),
-    *("-device", "virtio-net-pci,romfile=,netdev=net1,mac=52:54:00:00:00:02"),
-)
-UNIT = "vmsilo-nets-vm.service"
-# QEMU asks the name server of its own network namespace, where only this is.
-NAME_SERVER = """
-import os, socket, sys, threading
-threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+VM = f"""\
+memory = 768
+network.nameservers = ["{ROUTER}"]
+network.allow = ["192.168.7.1:8080/tcp"]
+[network.interfaces.eth1]
+mac_address = "52:54:00:00:00:01"
+tap.host_address = "10.77.4.1/24"
+tap.host_address_v6 = "fd77:4::1/64"
+addresses = ["10.77.4.2/24"]
+routes = {{ "0.0.0.0/0" = {{ via = "10.77.4.1" }} }}
+v6_addresses = ["fd77:4::2/64"]
+v6_routes = {{ "::/0" = {{ via = "fd77:4::1" }} }}
+[network.interfaces.eth0]
+tap.bridge = "br0"
+dhcp = true
+"""
+DRY = """\
+memory = 768
+[network.interfaces.wan]
+tap.bridge = "br0"
+dhcp = true
+"""
+LAN, LEASED = "192.168.7.1", "192.168.7.55"
+WORLD = f"""
+set -e
+ip link add br0 type bridge
+ip link set br0 up
+ip netns add lan
+ip link add lan0 type veth peer name eth0 netns lan
+ip link set lan0 master br0 up
+ip -n lan addr add {LAN}/24 dev eth0
+ip -n lan link set eth0 up
+"""
+# Gives everybody the same address.
+DHCP_SERVER = """
+import socket
 s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-s.bind(("127.0.0.1", 53))
+s.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+s.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
+s.bind(("0.0.0.0", 67))
+print("up", flush=True)
+server, leased = socket.inet_aton("192.168.7.1"), socket.inet_aton("192.168.7.55")
+while True:
+    asked = s.recv(1500)
+    kind = asked[asked.index(b"\\x35\\x01", 240) + 2]
+    if kind not in (1, 3):  # DISCOVER, REQUEST; the answers are OFFER and ACK (RFC 2131)
+        continue
+    head = b"\\2\\1\\6\\0" + asked[4:8] + bytes(8) + leased + server + bytes(4) + asked[28:44] + bytes(192)
+    answer = b"\\2" if kind == 1 else b"\\5"
+    options = ((53, answer), (54, server), (51, b"\\0\\0\\x0e\\x10"), (1, b"\\xff\\xff\\xff\\0"))
+    told = b"".join(bytes([number, len(value)]) + value for number, value in options)
+    s.sendto(head + b"\\x63\\x82\\x53\\x63" + told + b"\\xff", ("255.255.255.255", 68))
+"""
+# Knows of every name one IPv4 address.
+NAME_SERVER = """
+import socket
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.bind(("203.0.113.2", 53))
 print("up", flush=True)
 while True:
     query, peer = s.recvfrom(512)
@@ -55,82 +99,117 @@ while True:
     record = b"\\xc0\\x0c\\0\\1\\0\\1" + (60).to_bytes(4, "big") + b"\\0\\4" + bytes([192, 0, 2, 7])
     s.sendto(head + query[12:end] + (record if answers else b""), peer)
 """
+WEB = """
+import socket
+s = socket.create_server(("192.168.7.1", 8080))
+print("up", flush=True)
+while True:
+    c, peer = s.accept()
+    c.sendall(peer[0].encode())
+    c.close()
+"""
+# ICMPv6 type 134 to all nodes, from the guest's own link-local address: "I am a router".
+ADVERTISE = """
+import socket, struct
+s = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
+s.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, 255)
+at = ("ff02::1", 0, 0, socket.if_nametoindex("eth1"))
+for _ in range(3):
+    s.sendto(struct.pack("!BBHBBHII", 134, 0, 0, 64, 0, 1800, 0, 0), at)
+"""
 
 
-def in_nets(host: Container, command: str, *, check: bool = True) -> str:
-    return host.run(["vm-run", "nets", "sh", "-c", command], user="user", check=check).stdout
-
-
-def addresses_of(host: Container) -> dict[str, set[str]]:
-    links: list[dict[str, Any]] = json.loads(in_nets(host, "ip -j address"))
-    return {
-        link["ifname"]: {f"{each['local']}/{each['prefixlen']}" for each in link["addr_info"]}
-        for link in links
-    }
+def in_lan(program: str) -> tuple[str, ...]:
+    return ("ip", "netns", "exec", "lan", "python3", "-c", program)
 
 
 @pytest.fixture(scope="module")
-def nets(host: Container) -> Iterator[Container]:
-    """The VM nets, not started yet."""
-    archive = secret_archive("0" * 64, None, plan_guest_files(PORTS))
-    (host.root / "root/network.cpio").write_bytes(archive)
-    host.run("cat /var/lib/vmsilo/images/default/current/initrd /root/network.cpio > /var/lib/initrd-nets")
-    host.run("mv /etc/resolv.conf /root/resolv.conf", check=False)
-    host.write("/etc/resolv.conf", "nameserver 127.0.0.1\n")
-    host.write(
-        f"/etc/systemd/system/{UNIT}.d/name-server.conf",
-        "[Service]\nRestrictAddressFamilies=AF_INET AF_INET6\n",
-    )
-    names = [f"vmsilo.ifname={name},{mac}" for name, mac in plan_ifnames(PORTS)]
-    host.write(
-        "/etc/vmsilo/vms.d/nets.toml",
-        'memory = 768\ninitramfs = "/var/lib/initrd-nets"\nvmm = "qemu"\n'
-        f"kernel_params = {json.dumps(names)}\n"
-        f'[qemu]\nmachine = "q35"\nextra_args = {json.dumps(ARGUMENTS)}\n',
-    )
-    host.run("systemctl daemon-reload")
-    host.wait_until("test -S /run/vmsilo/nets-command.socket")
-    yield host
-    host.run("vm-stop --force nets", check=False)
-    host.run("rm /etc/resolv.conf; mv /root/resolv.conf /etc/resolv.conf", check=False)
+def world(host: Container) -> Iterator[Container]:
+    """The internet with a name server; the bridge br0, where nobody gives addresses yet."""
+    with internet(host):
+        host.run(["bash", "-c", WORLD])
+        try:
+            with served(host, ("ip", "netns", "exec", "far", "python3", "-c", NAME_SERVER), in_lan(WEB)):
+                yield host
+        finally:
+            host.run("ip netns del lan; ip link del br0", check=False)
+
+
+@pytest.fixture(scope="module")
+def nets(world: Container) -> Iterator[Container]:
+    """The VM `nets`; its first command starts it."""
+    with served(world, in_lan(DHCP_SERVER)):
+        define(world, "nets", VM)
+        try:
+            yield world
+        finally:
+            remove(world, "nets")
 
 
 def test_the_first_command_finds_addresses_of_every_kind_and_no_advertised_ones(nets: Container) -> None:
-    addresses = addresses_of(nets)
-    assert addresses["eth1"] == {"10.0.2.77/24", "fd00:2::77/64", "fe80::5054:ff:fe00:1/64"}
-    assert addresses["eth0"] == {"10.0.3.55/24"}
+    addresses = addresses_of(nets, "nets")
     assert addresses.keys() == {"lo", "eth1", "eth0"}
+    assert addresses["eth1"] == {"10.77.4.2/24", "fd77:4::2/64", "fe80::5054:ff:fe00:1/64"}
+    assert addresses["eth0"] == {f"{LEASED}/24"}
 
 
 def test_names_are_right_before_systemd_starts(nets: Container) -> None:
-    kernel = nets.run(["vm-run", "--root", "nets", "dmesg"], user="user").stdout.splitlines()
+    kernel = in_guest(nets, "nets", "dmesg", root=True).splitlines()
     renamed = [number for number, line in enumerate(kernel) if "renamed from" in line]
     started = next(number for number, line in enumerate(kernel) if "systemd[1]" in line)
     assert renamed
     assert renamed[-1] < started
 
 
-def test_packets_pass(nets: Container) -> None:
-    routes: list[dict[str, Any]] = json.loads(in_nets(nets, "ip -j route show default dev eth1"))
-    assert [route["gateway"] for route in routes] == ["10.0.2.2"]
-    for gateway in ("10.0.2.2", "10.0.3.2"):
-        ping = nets.run(["vm-run", "--root", "nets", "busybox", "ping", "-c1", gateway], user="user")
-        assert "1 packets received" in ping.stdout
+def test_packets_pass_by_both(nets: Container) -> None:
+    routes: list[dict[str, Any]] = json.loads(in_guest(nets, "nets", "ip -j route show default"))
+    assert [(route["gateway"], route["dev"]) for route in routes] == [("10.77.4.1", "eth1")]
+    assert ask(nets, "nets", INTERNET) == WAN
+    assert ask(nets, "nets", LAN) == LEASED
+
+
+def test_ipv6_is_as_open_and_as_closed(nets: Container) -> None:
+    if nets.run("test -e /proc/sys/net/ipv6/conf/wan0/force_forwarding", check=False).returncode:
+        pytest.skip("this kernel forwards IPv6 of all devices or none (force_forwarding: Linux 6.17)")
+    assert nets.run(["cat", "/proc/sys/net/ipv6/conf/all/forwarding"]).stdout == "0\n"
+    assert ask(nets, "nets", INTERNET6) == WAN6
+    for closed in ("fd77:4::1", WAN6, ROUTER6):  # this host, and a neighbour of it
+        assert ask(nets, "nets", closed) == "closed"
+    assert shown_of(nets, "nets")["eth1"]["Denied"] > 0
+
+
+def test_a_guest_is_no_router(nets: Container) -> None:
+    before = nets.run("ip -6 route; ip -6 addr show dev nets-0").stdout
+    assert shown_of(nets, "nets")["eth1"]["Dropped"] == {}, "an honest guest says nothing false"
+    nets.run(["vm-run", "--root", "nets", "python3", "-c", ADVERTISE], user="user")
+    assert shown_of(nets, "nets")["eth1"]["Dropped"] == {"router": 3}
+    assert "dropped: 3 router" in nets.run(["vmsilo", "status", "nets"]).stdout
+    assert nets.run("ip -6 route; ip -6 addr show dev nets-0").stdout == before
 
 
 def test_names_are_looked_up(nets: Container) -> None:
-    pid = nets.run(["systemctl", "show", "-P", "MainPID", UNIT]).stdout.strip()
-    server = nets.popen(
-        ["nsenter", "-t", pid, "-n", "python3", "-c", NAME_SERVER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert server.stdout is not None
+    """Of a neighbour of the host's, of which port 53 alone is open."""
+    assert in_guest(nets, "nets", "getent ahostsv4 vmsilo.example").split()[0] == "192.0.2.7"
+    assert ask(nets, "nets", ROUTER) == "closed"
+
+
+def test_a_guest_to_which_nobody_gives_an_address_is_ready_without_one(world: Container) -> None:
+    define(world, "dry", DRY)
     try:
-        assert server.stdout.readline() == b"up\n"
-        assert in_nets(nets, "getent ahostsv4 vmsilo.example").split()[0] == "192.0.2.7"
+        world.run(["vm-start", "dry", "--wait"], user="user")
+        assert addresses_of(world, "dry")["wan"] == set()
+        failed = in_guest(world, "dry", "systemctl list-units --failed --plain --no-legend")
+        assert failed.split()[0] == "systemd-networkd-wait-online.service"
+        shown = in_guest(world, "dry", "networkctl --no-legend list wan")
+        assert "configuring" in shown
+        # It goes on asking.
+        with served(world, in_lan(DHCP_SERVER)):
+            deadline = time.monotonic() + 120
+            while addresses_of(world, "dry")["wan"] != {f"{LEASED}/24"}:
+                assert time.monotonic() < deadline
+                time.sleep(1)
     finally:
-        server.communicate()  # its input ends, and so does it
+        remove(world, "dry")
 
 
 def test_an_offline_guest_runs_nothing_for_networks(demo: Container) -> None:

@@ -222,6 +222,11 @@ def test_a_macvtap_comes_and_goes_and_the_others_stay(pool: NetworkPool, path: P
         desk.attach("lan")
         desk.attach("dmz")
         assert "vmsilo-macvtap-vm1-2" in nft("list", "tables")
+        views = {view.interface: view for view in run(pool.find_views("vm1"))}
+        assert list(views) == ["eth0", "lan", "dmz"]
+        shown = views["lan"]
+        assert (shown.kind, shown.network, shown.tap, shown.dropped) == ("macvtap", "phys", "vm1-1", {})
+        assert (shown.state, shown.problem) == ("up", "'phys' has no carrier")
         desk.detach("lan")
         assert taps_there() == {"phys", "far", "vm1-0", "vm1-2"}
         assert "vmsilo-macvtap-vm1-1" not in nft("list", "tables")
@@ -244,6 +249,9 @@ def test_a_port_of_a_vm_to_vm_network_comes_and_goes(path: Path) -> None:
         inside = ("nsenter", "-n", "-t", str(holders.processes["inner"].pid), "ip", "-o", "link")
         shown = subprocess.run(inside, capture_output=True, text=True, check=True).stdout
         assert any("vm1-1" in line and "LOWER_UP" in line for line in shown.splitlines())
+        view = run(desk.pool.find_views("vm1"))[1]
+        assert (view.interface, view.tap, view.kind, view.network) == ("lan", "vm1-1", "vm-switch", "inner")
+        assert (view.state, view.problem) == ("up", "")
         desk.detach()
         assert not holders.processes
     assert taps_there() == {"vm1-0"}

@@ -20,6 +20,7 @@ from vmsilod.network import macvtap
 from vmsilod.network.plan import Port
 from vmsilod.network.stand_ins import read_name
 from vmsilod.network.taps import IFF_VNET_HDR, TUNGETIFF
+from vmsilod.network.traffic import find_views
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -110,6 +111,11 @@ def test_a_guest_and_the_physical_network_reach_each_other(
     frame = pack(MAC) + pack(LAN) + struct.pack("!H", 0x88B5) + bytes(50)
     wire.socket.send(frame)
     assert os.read(fd, 2000).endswith(frame)
+    (view,) = find_views([PORT], {}, running=True)
+    sent = sum(
+        map(len, (ethernet(MAC, 0x0800, udp("10.5.0.2")), ethernet(MAC, 0x0806, arp(MAC, "10.5.0.2"))))
+    )
+    assert (view.received, view.sent, view.dropped) == (len(frame), sent, {})
 
 
 @pytest.mark.parametrize(
@@ -131,6 +137,17 @@ def test_what_a_guest_may_not_send_does_not_come_out(
 ) -> None:
     (fd,) = opened(PORT)
     assert not wire.passes(fd, frame)
+    (view,) = find_views([PORT], {}, running=True)
+    assert (view.state, view.problem, view.dropped) == ("up", "", {"spoofed": 1})
+    assert view.sent == 0, "the filter comes before the device counts"
+
+
+def test_one_that_should_be_there_and_is_not_is_told(wire: Wire) -> None:
+    del wire
+    (view,) = find_views([PORT], {}, running=False)
+    assert (view.state, view.problem) == ("idle", "")
+    (view,) = find_views([PORT], {}, running=True)
+    assert (view.state, view.problem) == ("broken", "the macvtap 'banking-0' does not exist")
 
 
 def test_a_guest_that_asks_by_dhcp_may_have_any_address_but_no_other_mac(

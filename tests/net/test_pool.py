@@ -383,6 +383,11 @@ def test_views_count_what_passes(pool: NetworkPool) -> None:
     after = run(pool.find_views("vm1"))[0]
     assert after.state == "up"
     assert after.sent - before.sent == len(frame)
+    assert after.dropped == {"arp": 1}
+    for _ in range(2):
+        os.write(opened.tap_fds[0], frame[:6] + bytes.fromhex("0200000000ff") + frame[12:])
+    told = run(pool.find_views("vm1"))[0]
+    assert (told.kind, told.network, told.dropped, told.denied) == ("tap", "", {"arp": 1, "mac": 2}, 0)
     close_all([opened])
     ip("link", "set", "vm1-0", "down")
     assert run(pool.find_views("vm1"))[0].problem == "the TAP 'vm1-0' is down"

@@ -87,6 +87,22 @@ def test_a_flushed_ruleset_is_there_again_at_once(watched: NetworkPool) -> None:
     assert until(lambda: nft("list", "ruleset") == rules)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "flush chain inet vmsilo to_host",
+        "flush chain netdev vmsilo check_ip4",
+        "insert rule inet vmsilo from_vm accept",
+    ],
+)
+def test_a_chain_that_somebody_changed_is_there_again_at_once(watched: NetworkPool, command: str) -> None:
+    applied(watched, vm(1))
+    rules = nft("list", "ruleset")
+    nft(*command.split())
+    assert nft("list", "ruleset") != rules
+    assert until(lambda: nft("list", "ruleset") == rules)
+
+
 def test_other_peoples_tables_stay_as_they_are(watched: NetworkPool) -> None:
     nft("add table inet theirs { chain c { type filter hook forward priority 0; policy accept; }; }")
     applied(watched, vm(1))

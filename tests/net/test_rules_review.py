@@ -16,6 +16,7 @@ from net.packets import BROADCAST, Way
 from net.rules_world import INTERNET, INTERNET6, LAN, LAN6, WAN, WAN6, A, B, C, D, E, World, allow
 from net.tap_ground import SHORT, WAIT, heard, ip, mac_of, peer, received, run, set_sysctl
 from vmsilod.network import batch, forwarding, nft
+from vmsilod.network.ruleset import uses_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -221,16 +222,46 @@ def test_lent_forwarding_makes_the_host_no_router_of_its_uplink(
 
 
 @pytest.mark.parametrize(
-    "emptied",
-    ["table inet vmsilo", "table netdev vmsilo", "chain inet vmsilo forward", "chain netdev vmsilo in-a-0"],
+    "command",
+    [
+        "flush table inet vmsilo",
+        "flush table netdev vmsilo",
+        "flush chain inet vmsilo forward",
+        "flush chain netdev vmsilo in-a-0",
+        "flush chain inet vmsilo to_host",
+        "flush chain inet vmsilo denied",
+        "flush chain netdev vmsilo frame",
+        "flush chain netdev vmsilo lie_mac",
+        "flush map inet vmsilo denied_logs",
+        "insert rule inet vmsilo to_host accept",
+        "add chain inet vmsilo more",
+    ],
 )
-def test_rules_that_were_emptied_are_not_installed(world: World, emptied: str) -> None:
+def test_rules_that_somebody_changed_are_not_installed(world: World, command: str) -> None:
     world.internet()
     text = world.install()
     assert nft.is_installed(text)
-    run("nft", "flush", *emptied.split())
+    run("nft", *command.split())
     assert not nft.is_installed(text)
     world.install()
+    assert nft.is_installed(text)
+
+
+@pytest.mark.parametrize("family", ["inet", "netdev"])
+def test_each_chain_is_noticed_when_it_is_emptied(world: World, family: str) -> None:
+    """One after the other, in one network: each that has a rule at all."""
+    world.internet()
+    text = world.install()
+    filled = [
+        name
+        for kind, name in uses_in(text)
+        if kind == family and "\t\t" in run("nft", "list", "chain", family, "vmsilo", name)
+    ]
+    assert len(filled) > 10
+    for name in filled:
+        run("nft", "flush", "chain", family, "vmsilo", name)
+        assert not nft.is_installed(text), name
+        world.install()
     assert nft.is_installed(text)
 
 

@@ -28,7 +28,7 @@ from net.rules_world import (
     link_local,
 )
 from net.tap_ground import SHORT, WAIT, heard, ip, mac_of, peer, received, set_sysctl
-from vmsilod.network import nft
+from vmsilod.network import installed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -337,9 +337,9 @@ def test_counts_are_told_by_tap(world: World) -> None:
     world.say(A, "10.0.2.1")
     world.say(A, "10.0.2.1")
     world.say(B, "10.0.1.1")
-    assert nft.read_denials() == {"a-0": 2, "b-0": 1}
+    assert installed.find_drops() == {"a-0": {"denied": 2}, "b-0": {"denied": 1}}
     world.change(B, E)
-    assert nft.read_denials() == {"b-0": 1}, "what is gone is not counted on"
+    assert installed.find_drops() == {"b-0": {"denied": 1}}, "what is gone is not counted on"
 
 
 def test_an_address_for_dhcp_to_give_comes_from_its_tap_only(world: World) -> None:

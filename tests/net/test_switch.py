@@ -103,6 +103,9 @@ def test_what_is_no_peers_own_is_dropped_and_counted() -> None:
         assert not beta.drain()
         denied = desk.inside("nft", "list", "set", "netdev", "vmsilo", "denied")
         assert f'"alpha-0" counter packets {sum(map(len, lies.values())) + 1} ' in denied
+        views = {view.tap: view for view in run(desk.switches.find_views([B, A]))}
+        assert views["alpha-0"].dropped == {"spoofed": sum(map(len, lies.values())) + 1}
+        assert views["beta-0"].dropped == {}
         # The truth still passes, and nobody has learned another MAC for beta.
         alpha.udp("10.1.0.3", b"still here")
         assert beta.find(b"still here")

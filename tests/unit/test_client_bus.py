@@ -218,9 +218,31 @@ def test_status_shows_what_passes_the_interfaces(programs: Programs, daemon: Fak
     assert f"\nnetwork wan (banking-0): up, {counted}\n" in shown
     assert f"\nnetwork lan (banking-0): broken, {counted}; no" in shown
     assert "\x1b[31m" not in shown
+    assert "dropped" not in shown
     told = json.loads(programs("vmsilo", "status", "--json", "banking").stdout)
     assert [each["Received"] for each in told["Network"]] == [1 << 40, 1 << 40]
     assert ("GetNetwork", ("banking",)) in daemon.calls
+
+
+def test_status_shows_what_an_interface_is_on_and_what_its_rules_dropped(
+    programs: Programs, daemon: FakeDaemon
+) -> None:
+    inner = {
+        **{"Interface": ("s", "inner"), "Tap": ("s", "banking-1"), "State": ("s", "up")},
+        **{"Type": ("s", "vm-switch"), "Network": ("s", "office"), "Received": ("t", 9), "Sent": ("t", 1)},
+        "Dropped": ("a{st}", {"arp": 2, "mac": 40, "vlan": 0, "\x1b[2J": 1}),
+    }
+    daemon.answers["GetNetwork"] = lambda _body: ("aa{sv}", ([inner],))
+    shown = programs("vmsilo", "status", "banking").stdout.decode()
+    line = next(line for line in shown.splitlines() if line.startswith("network "))
+    counted = "9 bytes received, 1 sent, dropped: 40 mac, 2 arp, 1 "
+    assert line.startswith(f"network inner (banking-1, vm-switch office): up, {counted}")
+    assert "\x1b" not in line
+    assert "vlan" not in line
+    (told,) = json.loads(programs("vmsilo", "status", "--json", "banking").stdout)["Network"]
+    assert told["Dropped"]["mac"] == 40
+    listed = programs("vmsilo", "network", "list", "banking").stdout.decode()
+    assert "dropped: 40 mac, 2 arp" in listed
 
 
 def test_other_programs_are_executed(programs: Programs, tmp_path: Path) -> None:

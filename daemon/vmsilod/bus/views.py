@@ -5,13 +5,15 @@ The lifecycle implements Domain; the bus package sees nothing else of vmsilod. V
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 from gi.repository import GLib
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from vmsilod.bus.requests import RunRequest, SshRequest
     from vmsilod.pci.ledger import PciView
@@ -69,9 +71,11 @@ class UsbView:
 
 @dataclass(frozen=True)
 class NetworkView:
-    """A VM's interface and its TAP on the host. `received` and `sent` are bytes as the VM sees them; `state`
-    is up (the VM has it open), idle (nobody has), detached (a running VM could be given it) or broken, with
-    `problem` for people. `denied` counts packets of the VM that the rules refused.
+    """A VM's interface and its TAP or macvtap on the host; `kind` is the interface's type, `network` what it
+    is on: the VM-to-VM network, the macvtap's link, the TAP's bridge. `received` and `sent` are bytes as the
+    VM sees them; `state` is up (the VM has it open), idle (nobody has), detached (a running VM could have
+    it) or broken, with `problem` for people. `denied` counts packets of the VM to where it may not go,
+    `dropped` all others that the rules refused, by why.
     """
 
     interface: str
@@ -82,6 +86,9 @@ class NetworkView:
     received: int = 0
     sent: int = 0
     denied: int = 0
+    dropped: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    kind: str = "tap"
+    network: str = ""
 
 
 @dataclass(frozen=True)
@@ -223,6 +230,9 @@ _NETWORK_ENTRIES: dict[str, tuple[str, str]] = {
     "Received": ("t", "received"),
     "Sent": ("t", "sent"),
     "Denied": ("t", "denied"),
+    "Dropped": ("a{st}", "dropped"),
+    "Type": ("s", "kind"),
+    "Network": ("s", "network"),
 }
 
 
@@ -269,4 +279,6 @@ def _pack(kind: str, value: object) -> GLib.Variant:
         value = printable(value)
     elif isinstance(value, tuple):
         value = [printable(item, 4 * TEXT_MAX) for item in value]
+    elif isinstance(value, Mapping):
+        value = {printable(key): item for key, item in value.items()}
     return GLib.Variant(kind, value)

@@ -66,9 +66,17 @@ def remove_filters(ports: Iterable[Port]) -> None:
         nft.load(macvtap.render_removal(port))
 
 
-def find_denials() -> dict[str, int]:
-    """Packets refused, by TAP. Raises Failed."""
-    return nft.read_denials()
+def find_drops() -> dict[str, dict[str, int]]:
+    """Packets refused, by TAP and by kind, as `nft.read_counts` has them. Raises Failed."""
+    return {
+        tap: {kind: count.packets for kind, count in kinds.items()}
+        for tap, kinds in nft.read_counts().items()
+    }
+
+
+def find_refused(port: Port) -> int:
+    """Packets of the guest's that the filter of a macvtap dropped. Raises Failed."""
+    return nft.read_counters(macvtap.table_of(port), macvtap.CHAINS)
 
 
 def find_obstacles() -> tuple[str, ...]:

@@ -31,8 +31,12 @@ ALIAS = "vmsilo-macvtap:"
 GROUP = 0x766F
 """The link group of the macvtaps of vmsilo: a device has it from its first moment, an alias only later."""
 CHAIN = "from-vm"
+_LIE, _CHECK_IP6 = "lie_nd", "check_ip6"
+CHAINS = (CHAIN, _LIE, _CHECK_IP6)
+"""Those of its filter that count what they drop."""
 _DEVICES = Path("/dev")
 _CLASS = Path("/sys/class/net")
+_IPV6 = Path("/proc/sys/net/ipv6/conf")
 
 _REQUEST = struct.Struct("16sH22x")  # ifreq: name, flags
 
@@ -45,6 +49,7 @@ def acquire(port: Port, install: Callable[[str], None]) -> list[int]:
         index = _create(netlink, port)
         try:
             install(render_filter(port))
+            _silence(port)
             netlink.link("set", index=index, state="up")
             return _open_queues(port, index)
         except BaseException:
@@ -102,7 +107,7 @@ def render_filter(port: Port) -> str:
         "icmpv6 type { nd-router-advert, nd-redirect } counter drop",
         f"ether type arp arp saddr ether {port.mac}{arp} accept",
         *([f"ether type ip{from_v4} accept"] if free or v4 else []),
-        *(["ether type ip6 goto check_ip6"] if v6 else []),
+        *([f"ether type ip6 goto {_CHECK_IP6}"] if v6 else []),
         "counter",
     ]
     return (
@@ -120,10 +125,10 @@ def _render_ip6(port: Port) -> str:
             render_set("own6", "type ipv6_addr", map(str, own)),
             render_set("nd_own6", f"typeof {ND_TARGET}", (f"0x{int(address):032x}" for address in own)),
             render_set("nd_macs", f"typeof {ND_OPTION_MAC}", (f"0x{port.mac.replace(':', '')}",)),
-            render_chain("lie_nd", ("counter drop",)),
+            render_chain(_LIE, ("counter drop",)),
             render_nd_chains(""),
             render_chain(
-                "check_ip6",
+                _CHECK_IP6,
                 (
                     "ip6 hoplimit 255 exthdr frag exists goto lie_nd",
                     "icmpv6 type vmap { nd-neighbor-solicit : goto nd_solicit, "
@@ -135,6 +140,10 @@ def _render_ip6(port: Port) -> str:
             ),
         )
     )
+
+
+def alias_of(port: Port) -> str:
+    return f"{ALIAS}{port.vm}:{port.interface}"
 
 
 def render_removal(port: Port) -> str:
@@ -165,7 +174,7 @@ def _create(netlink: Any, port: Port) -> int:
         group=GROUP,
     )
     (index,) = netlink.link_lookup(ifname=port.tap)
-    netlink.link("set", index=index, ifalias=f"{ALIAS}{port.vm}:{port.interface}")
+    netlink.link("set", index=index, ifalias=alias_of(port))
     (made,) = netlink.get_links(index)
     info = made.get_attr("IFLA_LINKINFO")
     shape = (
@@ -179,6 +188,18 @@ def _create(netlink: Any, port: Port) -> int:
         netlink.link("del", index=index)
         raise Failed(f"the kernel did not make '{port.tap}' as it was asked to: {shape}")
     return int(index)
+
+
+def _silence(port: Port) -> None:
+    """This host is not to speak with the guest's address, nor to be counted as the guest. What comes in goes
+    to the guest before this host's stack sees it.
+    """
+    try:
+        (_IPV6 / port.tap / "disable_ipv6").write_text("1")
+    except FileNotFoundError:
+        return  # this host has no IPv6
+    except OSError as error:
+        raise StartFailed(f"cannot switch IPv6 off on '{port.tap}': {error.strerror}") from error
 
 
 def _remove_half_made(netlink: Any, port: Port) -> None:

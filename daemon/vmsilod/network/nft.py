@@ -24,8 +24,8 @@ from vmsilod.network.ruleset import (
     Surroundings,
     ports_of,
     render_removal,
-    rules_in,
     taps_in,
+    uses_in,
     version_in,
 )
 
@@ -120,8 +120,8 @@ def check(text: str) -> None:
 
 
 def is_installed(text: str) -> bool:
-    """Whether exactly this ruleset is loaded, still holds all of its TAPs, and no chain was emptied. Raises
-    Failed.
+    """Whether exactly this ruleset is loaded, still holds all of its TAPs, and no rule was added to a chain
+    or taken from one. Raises Failed.
     """
     chains = _find_chains()
     version = version_in(text)
@@ -133,8 +133,8 @@ def is_installed(text: str) -> bool:
 
 
 def _are_filled(text: str) -> bool:
-    """Whether each chain with a hook has its rules. nft would have to read all of them to tell; the kernel
-    tells of each chain what uses it, which for these is their rules alone.
+    """Whether no chain has lost or got a rule. nft would have to read all of them to tell; the kernel tells
+    of each chain how much uses it, in one short answer.
     """
     from pyroute2.netlink.exceptions import NetlinkError  # late, as in links.py
     from pyroute2.nftables.main import NFTables
@@ -150,9 +150,7 @@ def _are_filled(text: str) -> bool:
             }
     except (OSError, NetlinkError) as error:
         raise Failed("the chains of the rules cannot be read", HINT) from error
-    return all(
-        uses.get((NFPROTO[family], name)) == count for (family, name), count in rules_in(text).items()
-    )
+    return uses == {(NFPROTO[family], name): count for (family, name), count in uses_in(text).items()}
 
 
 def has_rules() -> bool:
@@ -164,11 +162,6 @@ def has_rules() -> bool:
 def remove() -> None:
     """Raises Failed."""
     _run(["-f", "-"], render_removal())
-
-
-def read_denials() -> dict[str, int]:
-    """Packets of a VM that were dropped because it may not go there, by TAP. Raises Failed."""
-    return {tap: kinds["denied"].packets for tap, kinds in read_counts().items() if "denied" in kinds}
 
 
 def read_counts() -> dict[str, dict[str, Count]]:
@@ -185,6 +178,17 @@ def read_counts() -> dict[str, dict[str, Count]]:
                 before = kinds.get(kind, Count())
                 kinds[kind] = Count(before.packets + count.packets, before.bytes + count.bytes)
     return found
+
+
+def read_counters(table: str, chains: Collection[str]) -> int:
+    """The packets that rules with a counter in these chains of a `netdev` table have seen. Raises Failed."""
+    return sum(
+        expression["counter"]["packets"]
+        for rule in _list(["table", "netdev", table]).get("rule", [])
+        if rule.get("chain") in chains
+        for expression in rule.get("expr", [])
+        if "counter" in expression
+    )
 
 
 def find_obstacles() -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from vmsilod import loop
@@ -150,10 +151,15 @@ class NetworkPool:
         return self._plan.ports_of(vm)
 
     async def find_views(self, vm: str) -> list[NetworkView]:
-        """Raises Failed."""
-        ports = self._host_ports_of(vm)
+        """In the order of the VM's configuration. Raises Failed."""
+        ports = self.ports_of(vm)
+        here = [port for port in ports if not port.network]
         faults = self._settled.faults if self._settled is not None else {}
-        return await loop.in_worker(traffic.find_views, ports, faults) if ports else []
+        ask = partial(traffic.find_views, here, faults, running=vm in self._running)
+        views = await loop.in_worker(ask) if here else []
+        views += await self._switches.find_views([port for port in ports if port.network])
+        order = [port.interface for port in ports]
+        return sorted(views, key=lambda view: order.index(view.interface))
 
     def rules_touched(self) -> None:
         """Somebody changed our tables, or we did."""

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import ip_network
 from typing import TYPE_CHECKING
 
@@ -34,7 +36,7 @@ from vmsilod.network.rule_text import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from ipaddress import IPv4Address, IPv6Address
 
     from vmsilod.network.plan import Network, NetworkPlan, Port
@@ -47,7 +49,9 @@ COUNTED = ("denied", "inbound", "elsewhere")
 VERSION_PREFIX = "version-"
 _VERSION = re.compile(r"^\tchain (version-[0-9a-f]+) \{$", re.MULTILINE)
 _HOOK = re.compile(r"^\tchain in-(\S+) \{$", re.MULTILINE)
-_HOOKED = re.compile(r"^\tchain (\S+) \{\n\t\ttype .*\n((?:\t\t.*\n)*)\t\}$", re.MULTILINE)
+_TABLE = re.compile(rf"^table (\w+) {TABLE} \{{\n((?:\t.*\n)*)", re.MULTILINE)
+_CHAIN = re.compile(r"^\tchain (\S+) \{\n((?:\t\t.*\n)*)\t\}$", re.MULTILINE)
+_JUMP = re.compile(r"\b(?:goto|jump) ([A-Za-z0-9_.-]+)")
 
 # Nobody's address on the internet: this network, private, shared (RFC 6598), loopback, link-local, protocol
 # assignments, benchmarks, multicast, reserved. Of IPv6 only 2000::/3 is routed, and in that 6to4 holds
@@ -100,13 +104,19 @@ def taps_in(text: str) -> frozenset[str]:
     return frozenset(_HOOK.findall(text))
 
 
-def rules_in(text: str) -> dict[tuple[str, str], int]:
-    """How many rules each chain with a hook has, by family and name."""
-    found: dict[tuple[str, str], int] = {}
-    for table in re.finditer(rf"^table (\w+) {TABLE} \{{\n((?:\t.*\n)*)", text, re.MULTILINE):
-        for chain in _HOOKED.finditer(table[2]):
-            lines = [line.strip() for line in chain[2].splitlines()]
-            found[table[1], chain[1]] = sum(not line.startswith("#") for line in lines)
+@lru_cache(maxsize=2)
+def uses_in(text: str) -> Mapping[tuple[str, str], int]:
+    """What uses each chain of a rendered ruleset, by family and name: its own rules, and the rules and the
+    elements of maps that lead to it. The kernel counts the same (NFTA_CHAIN_USE).
+    """
+    found: Counter[tuple[str, str]] = Counter()
+    for family, content in _TABLE.findall(text):
+        for name, body in _CHAIN.findall(content):
+            lines = (line.strip() for line in body.splitlines())
+            found[family, name] += sum(not line.startswith(("#", "type ")) for line in lines)
+        for line in content.splitlines():
+            if not line.lstrip().startswith("#"):
+                found.update((family, name) for name in _JUMP.findall(line))
     return found
 
 

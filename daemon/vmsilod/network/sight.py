@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from vmsilod.network.links import DOOMED, OURS, TapShape
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from vmsilod.network.links import Link, Links
     from vmsilod.network.plan import Interface, NetworkPlan, Port
@@ -37,7 +37,11 @@ def look(links: Links) -> Sight:
 
 def host_ports(plan: NetworkPlan) -> tuple[Port, ...]:
     """The TAPs of the host's own network; those of VM-to-VM networks are the switch's."""
-    return tuple(port for port in plan.ports if not port.network and not port.link)
+    return host_ports_in(plan.ports)
+
+
+def host_ports_in(ports: Iterable[Port]) -> tuple[Port, ...]:
+    return tuple(port for port in ports if not port.network and not port.link)
 
 
 def is_ours(link: Link) -> bool:

@@ -16,9 +16,13 @@ from typing import TYPE_CHECKING, Protocol
 from vmsilod.errors import StartFailed, VmsiloError
 from vmsilod.network.namespaces import run_inside
 from vmsilod.network.switch_batch import establish, open_port
+from vmsilod.network.traffic import describe_port, find_port_views
 from vmsilod.waiting import Lock
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vmsilod.bus.views import NetworkView
     from vmsilod.network.plan import NetworkPlan, Port
 
 log = logging.getLogger(__name__)
@@ -82,6 +86,26 @@ class Switches:
             except VmsiloError as error:
                 fact = f"the network '{port.network}' is not in place for VM '{port.vm}': {error.message}"
                 raise StartFailed(fact, error.hint) from error
+
+    async def find_views(self, ports: Sequence[Port]) -> list[NetworkView]:
+        """Of these ports what passes them. Raises Failed."""
+        found: list[NetworkView] = []
+        async with self._lock:
+            for network in sorted({port.network for port in ports}):
+                there = [port for port in ports if port.network == network]
+                fault = self.faults.get(network, "")
+                try:
+                    namespace = await self._holders.open(network)
+                except VmsiloError as error:
+                    found += [
+                        describe_port(port, "broken", fault or error.message, kinds={}) for port in there
+                    ]
+                    continue
+                try:
+                    found += await run_inside(namespace, find_port_views, there, fault)
+                finally:
+                    os.close(namespace)
+        return found
 
     async def _agree(self) -> None:
         self.faults = {}

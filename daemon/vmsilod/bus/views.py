@@ -44,6 +44,7 @@ class VmView:
     auto_start: bool = False
     depends_on: tuple[str, ...] = ()
     unit: str = ""
+    shares: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,7 @@ _PROPERTIES: dict[str, tuple[str, str]] = {
     "LastOutcome": ("s", "last_outcome"),
     "AutoStart": ("b", "auto_start"),
     "DependsOn": ("as", "depends_on"),
+    "Shares": ("as", "shares"),
     "Unit": ("s", "unit"),
 }
 

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 MAX_REQUEST = 4096
 MAX_REQUEST_FDS = 4
-MAX_PEERS_PER_VM = 4
+MAX_PEERS_PER_UNIT = 4
 ACCEPTS_PER_TURN = 16  # anybody may connect: a flood gets its share of the loop and not more
 PAUSE_SECONDS = 0.5
 REQUEST_SECONDS = 10.0
@@ -144,11 +144,11 @@ class ControlServer:
                 loop.call_later(PAUSE_SECONDS, self._resume)
                 return
             peer = identify(sock)
-            if peer is None or self._peers[peer.name] >= MAX_PEERS_PER_VM:
+            if peer is None or self._peers[peer.unit] >= MAX_PEERS_PER_UNIT:
                 sock.close()
                 continue
             sock.settimeout(0)
-            self._peers[peer.name] += 1
+            self._peers[peer.unit] += 1
             loop.spawn(self._serve(sock, peer))
 
     async def _serve(self, sock: socket.socket, peer: Peer) -> None:
@@ -159,9 +159,9 @@ class ControlServer:
         except OSError as error:
             log.warning("launcher of %s went away: %s", peer.name, error.strerror)
         finally:
-            self._peers[peer.name] -= 1
-            if not self._peers[peer.name]:
-                del self._peers[peer.name]
+            self._peers[peer.unit] -= 1
+            if not self._peers[peer.unit]:
+                del self._peers[peer.unit]
 
     async def _answer(self, sock: socket.socket, peer: Peer) -> None:
         data, fds, _, _ = socket.recv_fds(sock, MAX_REQUEST, MAX_REQUEST_FDS)

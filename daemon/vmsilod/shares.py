@@ -103,7 +103,13 @@ class Shares:
             for share in planned:
                 path = socket_path(acquired.rundir, share)
                 connect = vhost_user.connect_socket if request.opens_as is None else vhost_user.open_socket
-                devices.append(ShareDevice(share.tag, await loop.in_worker(connect, path)))
+                try:
+                    devices.append(ShareDevice(share.tag, await loop.in_worker(connect, path)))
+                except StartFailed as error:
+                    raise StartFailed(
+                        f"the virtiofsd of '{share.tag}', a shared directory of VM '{vm.name}', has ended",
+                        f"journalctl -u {units[share.tag]}",
+                    ) from error
         except BaseException:
             for device in devices:
                 os.close(device.fd)

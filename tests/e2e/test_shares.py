@@ -207,9 +207,9 @@ def test_a_guest_that_reboots_has_its_shares(files: Container) -> None:
     start(files)
     before = guest(files, "cat /proc/sys/kernel/random/boot_id")
     guest(files, "systemctl reboot --no-block", root=True, check=False)
+    as_user = "setpriv --reuid user --regid user --init-groups"
     files.wait_until(
-        f"test $(setpriv --reuid user --regid user --init-groups vm-run files cat /proc/sys/kernel/random/boot_id)"
-        f" != {before.strip()}",
+        f"test $({as_user} vm-run files cat /proc/sys/kernel/random/boot_id) != {before.strip()}",
         seconds=120,
     )
     assert guest(files, "cat ~/new /mnt/work/note") == "hello\nfrom-host\n"
@@ -242,7 +242,8 @@ def test_what_cannot_be_shared_is_said(files: Container) -> None:
 def test_a_home_that_does_not_fit_leaves_nothing_half_done(files: Container) -> None:
     files.run("vm-stop --force files", check=False)
     files.run(
-        "mv /shared/files /srv/kept-home; mount -t tmpfs -o size=64k,uid=1000,gid=1000,mode=700 small /shared;"
+        "mv /shared/files /srv/kept-home;"
+        "mount -t tmpfs -o size=64k,uid=1000,gid=1000,mode=700 small /shared;"
         f"head -c 200000 /dev/zero > {TEMPLATE}/big; chown user {TEMPLATE}/big"
     )
     try:

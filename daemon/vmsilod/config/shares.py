@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 HOME_TAG = "vmsilo-home"  # people's own do not begin like that
+SHARES_MAX = 16  # per VM: each is a process and a device
 IDS = 2**32 - 1  # 4294967295 itself is no user: "unchanged" in chown(2)
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,34}")  # virtio-fs has 36 bytes
-_BAD_PATH = re.compile(r"""["\\:]""")
+_BAD_PATH = re.compile(r"""["\\:$]""")  # each means something in a unit file
 # Where the host keeps what makes it the host. Below /run is what is mounted for people.
 _REFUSED_HOST = ("/etc", "/proc", "/sys", "/dev", "/boot", "/root", "/run", "/var/run", "/var/lib/vmsilo")
 _ALLOWED_HOST = ("/run/media",)
@@ -158,7 +159,8 @@ class SharedDirectory(Table):
         if tag is None and mount is None:
             raise ValueError("needs a tag or a mount: where is the guest to see it?")
         if tag is None and isinstance(mount, str):
-            content["tag"] = "-".join(PurePosixPath(mount).parts[1:]).replace(" ", "_")[:35]
+            derived = "-".join(PurePosixPath(mount).parts[1:]).replace(" ", "_")[:35]
+            content["tag"] = derived or "share"
         if mount is None:
             content["mount"] = f"/mnt/{tag}"
         return content
@@ -184,6 +186,8 @@ def _counts_many(ranges: Sequence[tuple[int, int, int]]) -> bool:
 
 
 def _check_shares(shares: tuple[SharedDirectory, ...]) -> tuple[SharedDirectory, ...]:
+    if len(shares) > SHARES_MAX:
+        raise ValueError(f"{len(shares)} shares are more than {SHARES_MAX}")
     for kind, values in (("tag", [s.tag for s in shares]), ("mount", [s.mount for s in shares])):
         twice = sorted({value for value in values if values.count(value) > 1})
         if twice:

@@ -64,10 +64,10 @@ def render_shares(header: str, vm: VmConfig, parents: Sequence[str], context: Un
             capabilities = ""
             if share.has_many:
                 capabilities = f"# uid_map names several users.\nCapabilityBoundingSet={_MANY}\n"
-                capabilities += "SystemCallFilter=@setuid\n"
+                capabilities += "SystemCallFilter=@setuid capset\n"
             elif single == 0:
                 capabilities = "# As root virtiofsd insists on dropping its capabilities itself.\n"
-                capabilities += "CapabilityBoundingSet=CAP_SETPCAP\n"
+                capabilities += "CapabilityBoundingSet=CAP_SETPCAP\nSystemCallFilter=capset\n"
             files[share_unit(parent, share.tag)] = f"{text}{SHARE}{capabilities}"
     return files
 

@@ -26,7 +26,6 @@ from vmsilod.vmm.launch import (
     Leases,
     PciFunction,
     QemuShape,
-    ShareDevice,
     VhostUserDevice,
     VmShape,
 )
@@ -79,10 +78,7 @@ def with_sockets(leases: Leases, count: int) -> Leases:
     return replace(leases, vhost_user_fds=tuple(range(30, 30 + count)))
 
 
-SHARED = replace(LEASES, shares=(ShareDevice("vmsilo-home", 40), ShareDevice("books", 41)))
-
 CROSVM_CASES = {
-    "crosvm-shares": (VM, SHARED, Console.NONE),
     "crosvm-kernel-vsock": (VM, LEASES, Console.NONE),
     "crosvm-hybrid-vsock": (VM, HYBRID, Console.NONE),
     "crosvm-writable-disk": (EXTRA_PARAMS, WRITABLE, Console.NONE),
@@ -114,8 +110,6 @@ CROSVM_CASES["crosvm-vhost-user"] = (
     Console.NONE,
 )
 QEMU_CASES = {
-    "qemu-microvm-shares": (VM, SHARED, Console.NONE),
-    "qemu-q35-shares": (Q35, SHARED, Console.NONE),
     "qemu-memory-max": (GROWING, LEASES, Console.NONE),
     "qemu-vhost-user": (
         with_devices(
@@ -145,7 +139,6 @@ QEMU_CASES = {
 
 
 CLOUD_HYPERVISOR_CASES = {
-    "cloud-hypervisor-shares": (VM, replace(BUILTIN, shares=SHARED.shares), Console.NONE),
     "cloud-hypervisor": (VM, BUILTIN, Console.NONE),
     "cloud-hypervisor-console": (EXTRA_PARAMS, BUILTIN, Console.STDIO),
     "cloud-hypervisor-disk": (
@@ -270,7 +263,6 @@ def test_every_descriptor_in_the_argv_is_passed_and_none_else(case: str) -> None
     launch = plan(case)
     _, leases, _ = ALL_CASES[case]
     wanted = {leases.monitor_fd, leases.kernel_fd, *leases.vhost_user_fds}
-    wanted |= {share.fd for share in leases.shares}
     wanted |= {leases.initrd_fd} if leases.initrd_fd is not None else set()
     wanted |= {leases.root.fd} if leases.root else set()
     wanted |= {leases.vsock.device_fd} if isinstance(leases.vsock, KernelVsock) else set()

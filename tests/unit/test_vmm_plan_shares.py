@@ -4,11 +4,34 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from test_vmm_plan import LEASES, VM
 from vmsilod.vmm import cloud_hypervisor, crosvm, qemu
-from vmsilod.vmm.launch import FD_BASE, BuiltinVsock, Console, Launch, QemuShape, ShareDevice
+from vmsilod.vmm.launch import (
+    FD_BASE,
+    BuiltinVsock,
+    Console,
+    KernelVsock,
+    Launch,
+    Leases,
+    QemuShape,
+    ShareDevice,
+    VmShape,
+)
 
-SHARED = replace(LEASES, shares=(ShareDevice("vmsilo-home", 40), ShareDevice("books", 41)))
+VM = VmShape("banking", memory_mib=1024, cpus=2)
+SHARED = Leases(
+    name="banking",
+    uid=60001,
+    gid=60001,
+    owner=1000,
+    vsock=KernelVsock(cid=42, device_fd=21),
+    monitor_fd=20,
+    kernel_fd=22,
+    initrd_fd=23,
+    kvm=True,
+    empty_dir="/usr/local/lib/vmsilo/empty",
+    root=None,
+    shares=(ShareDevice("vmsilo-home", 40), ShareDevice("books", 41)),
+)
 
 
 def values(launch: Launch, option: str, word: str) -> list[str]:

@@ -20,11 +20,12 @@ WAN, WAN6 = "203.0.113.1", "2001:db8:1::1"
 
 SETTINGS = """\
 user = "user"
+shared_home = false
 [host_networking.nat]
 enable = true
 interface = "wan0"
 """
-PLAIN_SETTINGS = 'user = "user"\n'
+PLAIN_SETTINGS = 'user = "user"\nshared_home = false\n'
 WORLD = f"""
 set -e
 ip netns add far

@@ -28,6 +28,7 @@ VMMS = {
 }
 SETTINGS = """\
 user = "user"
+shared_home = false
 [host_networking.nat]
 enable = true
 interface = "wan0"

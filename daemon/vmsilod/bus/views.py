@@ -49,6 +49,7 @@ class VmView:
     restart_reasons: tuple[str, ...] = ()
     image: str = ""
     image_version: str = ""
+    shares: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,7 @@ _PROPERTIES: dict[str, tuple[str, str]] = {
     "LastOutcome": ("s", "last_outcome"),
     "AutoStart": ("b", "auto_start"),
     "DependsOn": ("as", "depends_on"),
+    "Shares": ("as", "shares"),
     "Unit": ("s", "unit"),
     "RestartReasons": ("as", "restart_reasons"),
     "Image": ("s", "image"),

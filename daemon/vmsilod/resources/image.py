@@ -42,6 +42,7 @@ class BootFiles:
     """The image says that its root may be persistent memory: its initrd has the driver for that."""
     login: str = "user"  # the guest's user, as the image's manifest says
     folder: Path | None = None  # of the version, where anything is of the image
+    uid: int = 1000  # and their number
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,14 @@ def find_boot_files(choice: BootChoice, images: Path = IMAGES_DIR) -> BootFiles:
     needs_image = not (choice.kernel and choice.root_disk)
     base = Path()
     manifest: dict[str, Any] = {}
-    login = "user"
+    login, uid = "user", 1000
     if needs_image:
         link = images / choice.image / "current"
         try:
             base = link.resolve(strict=True)
             manifest = json.loads((base / "manifest.json").read_text())
             login = check_login(manifest.get("user", login))
+            uid = int(manifest.get("uid", uid))
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise StartFailed(
                 f"image '{choice.image}' has no usable current version in {images}",
@@ -82,6 +84,7 @@ def find_boot_files(choice: BootChoice, images: Path = IMAGES_DIR) -> BootFiles:
         pmem=all_of_image and manifest.get("pmem") is True,
         login=login,
         folder=base if needs_image else None,
+        uid=uid,
     )
 
 

@@ -23,9 +23,9 @@ STATE_DIR = Path("/run/vmsilo/state")
 @dataclass(frozen=True)
 class Record:
     """One VM's lease: `invocation` is systemd's INVOCATION_ID of the unit run that holds it; `config` is
-    the JSON of the configuration that it was started with, `login` the guest's user, `version` that of
-    its image ("" before it has any files, "custom" if none of them is the image's). `ran`: the VMM has got
-    as far as running the guest; `stopping`: somebody asked for the end.
+    the JSON of the configuration that it was started with, `login` and `guest_uid` the guest's user,
+    `version` that of its image ("" before it has any files, "custom" if none of them is the image's).
+    `ran`: the VMM has got as far as running the guest; `stopping`: somebody asked for the end.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Record:
     launched: bool = False
     login: str = "user"
     version: str = ""
+    guest_uid: int = 1000
     ran: bool = False
     stopping: bool = False
 

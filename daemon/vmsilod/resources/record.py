@@ -24,7 +24,8 @@ STATE_DIR = Path("/run/vmsilo/state")
 class Record:
     """One VM's lease: `invocation` is systemd's INVOCATION_ID of the unit run that holds it; `config` is
     the JSON of the configuration that it was started with, `login` the guest's user. `ran`: the VMM has got
-    as far as running the guest; `stopping`: somebody asked for the end.
+    as far as running the guest; `stopping`: somebody asked for the end; `hugepages`: IMAGE/VERSION of the
+    image that it uses or is about to use in huge pages.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Record:
     login: str = "user"
     ran: bool = False
     stopping: bool = False
+    hugepages: str = ""
 
 
 def save_record(record: Record, directory: Path = STATE_DIR) -> None:

@@ -97,6 +97,8 @@ def _vsock_args(leases: Leases, fds: PassedFds) -> list[str]:
 def _disk_args(root: Disk | None, fds: PassedFds) -> list[str]:
     if root is None:
         return []
+    if root.pmem:
+        return ["--pmem", f"path={fds.path(root.fd)},ro=true"]
     # flock(2): shared for a read-only image, so that many VMs have it and its remover sees it in use;
     # exclusive for a writable one.
     access = "true" if root.readonly else "false"

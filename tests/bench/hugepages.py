@@ -1,5 +1,5 @@
-"""What the second to last VM of one image costs, by how its root is given to it: host memory, the guest's own
-page cache, and the time to boot.
+"""What the second to last VM of one image costs, by how its root is given to it: host memory, the guest's
+own page cache, and the time to boot.
 
 Only when named: `python -m bench hugepages`. VMSILO_BENCH_VMS=N measures with fewer than eight VMs.
 """
@@ -56,8 +56,8 @@ def measure(ground: Ground) -> None:
         drop_plain_image(ground.host)
     title = f"The 2nd to {VMS}th VM of one image ({MEMORY} MiB each; root {pages << 1} MiB, not compressed)"
     note = (
-        "Own: Private_Clean and Private_Dirty of the VMM (smaps_rollup) after the guest has read /usr/bin and its"
-        " libraries; the guest's page cache is in it. Medians."
+        "Own: Private_Clean and Private_Dirty of the VMM (smaps_rollup) after the guest has read /usr/bin and"
+        " its libraries; the guest's page cache is in it. Medians."
     )
     print_section(title, rows, [note])
 

@@ -23,7 +23,7 @@ from vmsilod.vmm.choose import VmmKind
 from vmsilod.vmm.errors import LaunchRefused
 from vmsilod.vmm.launch import Console, Disk, Launch, PciFunction
 
-GOLDEN = Path(__file__).parent / "golden" / "vmm"
+GOLDEN = Path(__file__).parent / "golden" / "vmm-pmem"
 PMEM = replace(LEASES, root=Disk(fd=24, readonly=True, pmem=True, size=58 << 21))
 PLANS = {
     "crosvm-pmem": crosvm.plan_launch(VM, PMEM, console=Console.NONE, binary="/usr/bin/crosvm"),

@@ -56,8 +56,8 @@ def measure(ground: Ground) -> None:
         drop_plain_image(ground.host)
     title = f"The 2nd to {VMS}th VM of one image ({MEMORY} MiB each; root {pages << 1} MiB, not compressed)"
     note = (
-        "Own: Private_Clean and Private_Dirty of the VMM (smaps_rollup) after the guest has read /usr/bin and"
-        " its libraries; the guest's page cache is in it. Medians."
+        "Own: Private_Clean and Private_Dirty of the VMM (smaps_rollup) after the guest has read /usr/bin"
+        " and its libraries; the guest's page cache is in it. Medians."
     )
     print_section(title, rows, [note])
 

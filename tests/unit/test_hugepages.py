@@ -5,7 +5,7 @@ configuration. The kernel's own pages are in test_hugepages_kernel.py.
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from unit.test_config_load import GLOBAL, facts, load
@@ -15,8 +15,11 @@ from vmsilod.hugepages.copying import Source
 from vmsilod.hugepages.errors import NoHugepages
 from vmsilod.hugepages.images import find_source
 from vmsilod.hugepages.ledger import Entry, Ledger
-from vmsilod.hugepages.store import Store
+from vmsilod.hugepages.store import Store, StorePlace
 from vmsilod.resources import image
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # Ledger
 
@@ -65,7 +68,7 @@ def sysfs(tmp_path: Path) -> Path:
 def make_store(tmp_path: Path, sysfs: Path) -> Store:
     (tmp_path / "huge").mkdir()
     (tmp_path / "root.erofs").write_bytes(b"x" * (3 << 20))
-    return Store(tmp_path / "huge", Ledger(tmp_path / "ledger"), sysfs)
+    return Store(StorePlace(tmp_path / "huge", tmp_path / "ledger", sysfs))
 
 
 def test_kernel_that_makes_no_pages_is_told_with_numbers(tmp_path: Path, sysfs: Path) -> None:
@@ -110,13 +113,13 @@ def test_surplus_pages_of_others_are_not_taken_for_new_ones(
 
 
 def test_mount_is_recognised(tmp_path: Path) -> None:
-    store = Store(Path("/run/vmsilo/hugepages"))
     info = tmp_path / "mountinfo"
+    store = Store(StorePlace(mountinfo=info))
     line = "74 26 0:54 / /run/vmsilo/hugepages rw,relatime shared:5 - {} hugetlbfs rw,pagesize=2M\n"
     info.write_text("26 1 8:1 / / rw - ext4 /dev/sda1 rw\n" + line.format("hugetlbfs"))
-    assert store.is_mounted(info)
+    assert store.is_mounted()
     info.write_text(line.format("tmpfs"))
-    assert not store.is_mounted(info)
+    assert not store.is_mounted()
 
 
 # Which digest

@@ -26,12 +26,11 @@ PROGRAM = '''
 import json, os, signal, sys
 from pathlib import Path
 from vmsilod.hugepages import copying, pool
-from vmsilod.hugepages.ledger import Ledger
-from vmsilod.hugepages.store import Store
+from vmsilod.hugepages.store import Store, StorePlace
 
 folder = Path(sys.argv[1])
 order = json.loads(sys.argv[2])
-store = Store(folder / "huge", Ledger(folder / "state" / "ledger"))
+store = Store(StorePlace(folder / "huge", folder / "state" / "ledger"))
 source = copying.Source("img", "v1", folder / "source", order.get("digest", ""))
 left = order.get("steps", -1)
 

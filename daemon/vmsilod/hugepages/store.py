@@ -14,6 +14,7 @@ import logging
 import os
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from vmsilod.errors import Failed
 from vmsilod.hugepages import pool
 from vmsilod.hugepages.copying import copy_verified, count_pages
 from vmsilod.hugepages.errors import PAGE, NoHugepages, short_of_pages
-from vmsilod.hugepages.ledger import Entry, Ledger
+from vmsilod.hugepages.ledger import LEDGER_FILE, Entry, Ledger
 from vmsilod.resources.image import open_file
 
 if TYPE_CHECKING:
@@ -35,14 +36,26 @@ MOUNT = Path("/run/vmsilo/hugepages")
 PARTIAL = "."
 
 
-class Store:
-    def __init__(self, mount: Path = MOUNT, ledger: Ledger | None = None, sysfs: Path = pool.SYSFS) -> None:
-        self._mount = mount
-        self._ledger = ledger or Ledger()
-        self._sysfs = sysfs
+@dataclass(frozen=True)
+class StorePlace:
+    """Where the store looks."""
 
-    def is_mounted(self, mountinfo: Path = Path("/proc/self/mountinfo")) -> bool:
-        for line in mountinfo.read_text().splitlines():
+    mount: Path = MOUNT
+    ledger: Path = LEDGER_FILE
+    sysfs: Path = pool.SYSFS
+    mountinfo: Path = Path("/proc/self/mountinfo")
+
+
+class Store:
+    def __init__(self, place: StorePlace | None = None) -> None:
+        place = place or StorePlace()
+        self._mount = place.mount
+        self._ledger = Ledger(place.ledger)
+        self._sysfs = place.sysfs
+        self._mountinfo = place.mountinfo
+
+    def is_mounted(self) -> bool:
+        for line in self._mountinfo.read_text().splitlines():
             before, _, after = line.partition(" - ")
             if before.split(" ")[4] == str(self._mount) and after.split(" ")[0] == "hugetlbfs":
                 return True

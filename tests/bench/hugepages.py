@@ -39,6 +39,7 @@ class Vm(NamedTuple):
 
 
 def measure(ground: Ground) -> None:
+    pages_before = pool.read_counters().persistent
     pages = make_plain_image(ground.host)
     open_sysfs(ground.host)
     rows = []
@@ -54,6 +55,7 @@ def measure(ground: Ground) -> None:
     finally:
         stop(ground)
         drop_plain_image(ground.host)
+        pool.set_persistent(pages_before)
     title = f"The 2nd to {VMS}th VM of one image ({MEMORY} MiB each; root {pages << 1} MiB, not compressed)"
     note = (
         "Own: Private_Clean and Private_Dirty of the VMM (smaps_rollup) after the guest has read /usr/bin"

@@ -102,7 +102,7 @@ install: ## install below PREFIX (root); README says what to do then
 	for unit in vmsilod.service vmsilo-relayd.service vmsilo-consoled.service vmsilo-pci-claim.service; do \
 		sed -e 's|@libdir@|$(LIBDIR)|g' -e 's|@docdir@|$(DOCDIR)|g' systemd/$$unit.in > $(DESTDIR)$(UNITDIR)/$$unit; done
 	install -m 644 systemd/vmsilod.socket systemd/vmsilo-relayd.socket systemd/vmsilo-consoled.socket \
-		systemd/vmsilo.slice systemd/vmsilo-vms.target systemd/vmsilo-daemons.target $(DESTDIR)$(UNITDIR)/
+		systemd/run-vmsilo-hugepages.mount systemd/vmsilo.slice systemd/vmsilo-vms.target systemd/vmsilo-daemons.target $(DESTDIR)$(UNITDIR)/
 	if [ "$$(systemctl --version | sed -n '1s/^systemd \([0-9]*\).*/\1/p')" -ge 254 ]; then \
 		for daemon in relayd consoled; do install -D -m 644 systemd/vmsilo-$$daemon-preserve.conf \
 			$(DESTDIR)$(UNITDIR)/vmsilo-$$daemon.service.d/preserve.conf; done; fi
@@ -131,7 +131,7 @@ uninstall: ## remove what install put there; configuration and images stay
 	[ ! -d /run/systemd/system ] || { systemctl stop 'vmsilo-*-vm.service' 'vmsilo-*-debug.service'; \
 		systemctl disable --now vmsilod.socket vmsilo-relayd.socket vmsilo-consoled.socket vmsilod.service \
 			vmsilo-relayd.service vmsilo-consoled.service; \
-		systemctl stop 'vmsilo-*.socket' vmsilo-vms.target vmsilo-daemons.target; \
+		systemctl stop 'vmsilo-*.socket' vmsilo-vms.target vmsilo-daemons.target run-vmsilo-hugepages.mount; \
 		rm -rf /run/systemd/system/vmsilo-* /run/vmsilo /run/vmsilo-relay /run/vmsilo-console; } || true
 	rm -rf $(DESTDIR)$(LIBDIR) $(DESTDIR)$(DOCDIR)
 	for name in vm-run vm-shell vm-start vm-stop vm-start-debug vmsilo; do rm -f $(DESTDIR)$(PREFIX)/bin/$$name \
@@ -139,6 +139,7 @@ uninstall: ## remove what install put there; configuration and images stay
 	for unit in vmsilod.service vmsilo-relayd.service vmsilo-consoled.service vmsilod.socket vmsilo-relayd.socket \
 		vmsilo-consoled.socket vmsilo.slice vmsilo-vms.target vmsilo-daemons.target; do \
 		rm -f $(DESTDIR)$(UNITDIR)/$$unit; done
+	rm -f $(DESTDIR)$(UNITDIR)/run-vmsilo-hugepages.mount
 	rm -rf $(DESTDIR)$(UNITDIR)/vmsilo-relayd.service.d $(DESTDIR)$(UNITDIR)/vmsilo-consoled.service.d \
 		$(DESTDIR)$(DRACUT_MODULE)
 	rm -f $(DESTDIR)$(INITRAMFS_HOOK) $(DESTDIR)$(UNITDIR)/vmsilo-pci-claim.service \

@@ -46,6 +46,7 @@ class FakeDaemon:
             "GetNetwork": lambda _body: ("aa{sv}", ([],)),
         }
         self.calls: list[tuple[str, Any]] = []
+        self.seconds: dict[str, float] = {}  # that a method takes; others are answered meanwhile
         self.flags = 0
         self._connection: DBusConnection = open_dbus_connection(address, enable_fds=True)
         self._connection.send_and_get_reply(jeepney.message_bus.RequestName("org.vmsilo1"), timeout=10)
@@ -76,6 +77,12 @@ class FakeDaemon:
         if method != "List":
             self.calls.append((method, message.body))
             self.flags = int(message.header.flags)
+        if method in self.seconds:
+            threading.Timer(self.seconds[method], self._reply, (message, method)).start()
+        else:
+            self._reply(message, method)
+
+    def _reply(self, message: jeepney.Message, method: str) -> None:
         answer = self.answers.get(method, lambda _body: ("", ()))
         signature, values = answer(message.body)
         if signature.startswith("org."):

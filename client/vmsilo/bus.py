@@ -6,12 +6,14 @@ here as a fact and a hint; nothing else in the client knows D-Bus.
 
 import os
 import sys
+import time
 
 from vmsilo.errors import ClientError, printable, split_message
 from vmsilo.place import Place
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
 BUS_NAME = "org.vmsilo1"
@@ -19,6 +21,7 @@ OBJECT_PATH = "/org/vmsilo1"
 INTERFACE = "org.vmsilo1.Manager"
 QUICK = 10  # seconds for a question
 CONNECT_WAIT = 5
+TICK = 0.5
 
 ABSENT = (
     "org.freedesktop.DBus.Error.ServiceUnknown",
@@ -67,15 +70,24 @@ class Bus:
             raise NotRunningError(f"cannot connect to the system bus: {printable(exc)}") from exc
 
     def call(
-        self, method: str, signature: str = "", body: "tuple[Any, ...]" = (), *, wait: float = QUICK
+        self,
+        method: str,
+        signature: str = "",
+        body: "tuple[Any, ...]" = (),
+        *,
+        wait: float = QUICK,
+        tick: "Callable[[], None] | None" = None,
     ) -> "Any":
-        """The reply's values. `wait` in seconds."""
+        """The reply's values. `wait` in seconds; `tick` is called every TICK of them."""
         jeepney = self._jeepney
         address = jeepney.DBusAddress(OBJECT_PATH, bus_name=BUS_NAME, interface=INTERFACE)
         message = jeepney.new_method_call(address, method, signature or None, body)
         message.header.flags |= self._flags
         try:
-            reply = self._connection.send_and_get_reply(message, timeout=wait)
+            if tick is None:
+                reply = self._connection.send_and_get_reply(message, timeout=wait)
+            else:
+                reply = self._await_reply(message, wait, tick)
         except TimeoutError as exc:
             raise ClientError(
                 f"vmsilod did not answer {method} within {wait:g} s", NOT_RUNNING_HINT
@@ -85,6 +97,21 @@ class Bus:
         if reply.header.message_type == jeepney.MessageType.error:
             raise _translate(reply, jeepney.HeaderFields)
         return reply.body
+
+    def _await_reply(self, message: "Any", wait: float, tick: "Callable[[], None]") -> "Any":
+        deadline = time.monotonic() + wait
+        serial = next(self._connection.outgoing_serial)
+        self._connection.send(message, serial=serial)
+        while True:
+            try:
+                reply = self._connection.receive(timeout=TICK)
+            except TimeoutError:
+                if time.monotonic() > deadline:
+                    raise
+                tick()
+                continue
+            if reply.header.fields.get(self._jeepney.HeaderFields.reply_serial) == serial:
+                return reply
 
     def find_vms(self) -> "list[dict[str, Any]]":
         """The properties of every VM, without D-Bus types."""

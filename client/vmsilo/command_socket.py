@@ -21,6 +21,7 @@ from vmsilo.errors import (
 )
 from vmsilo.names import socket_path
 from vmsilo.place import Place
+from vmsilo.startup import StatusWatch, draw_bar
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,15 +36,16 @@ SHOW_AFTER = 0.5  # seconds; a warm VM answers long before
 class Progress:
     """One line at a terminal, replaced in place and erased; silent elsewhere."""
 
-    __slots__ = ("_name", "_program", "_shown", "_since", "_text", "_wanted", "booting")
+    __slots__ = ("_name", "_program", "_shown", "_since", "_text", "_wanted", "_watch", "booting")
 
-    def __init__(self, program: str, name: str, since: float) -> None:
+    def __init__(self, program: str, name: str, since: float, place: Place) -> None:
         self._program = program
         self._name = name
         self._since = since
         self._text = "waiting for the VM"
         self._shown = False
         self._wanted = os.isatty(2)
+        self._watch = StatusWatch(name, place)
         self.booting = False  # the relay has said so
 
     def say(self, untrusted_text: str) -> None:
@@ -55,16 +57,20 @@ class Progress:
         passed = time.monotonic() - self._since
         if not self._wanted or passed < SHOW_AFTER:
             return
+        text = self._text
+        if not self.booting:
+            text = draw_bar(self._watch.read()) or text
         try:
             columns = os.get_terminal_size(2).columns or 80
         except OSError:
             return
         clock = f" ({int(passed)} s)"
-        line = f"{self._program}: starting {self._name}: {self._text}"[: max(columns - 1 - len(clock), 0)]
+        line = f"{self._program}: starting {self._name}: {text}"[: max(columns - 1 - len(clock), 0)]
         write_stderr("\r" + line + clock + "\x1b[K")
         self._shown = True
 
     def erase(self) -> None:
+        self._watch.close()
         if self._shown:
             write_stderr("\r\x1b[K")
             self._shown = False
@@ -73,7 +79,7 @@ class Progress:
 def dial(program: str, name: str, place: Place, *, wait: int) -> int:
     """A non-blocking descriptor connected to the agent. SocketClosedError if nobody answers."""
     began = time.monotonic()
-    progress = Progress(program, name, began)
+    progress = Progress(program, name, began, place)
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
     try:
         _connect(sock, name, place)

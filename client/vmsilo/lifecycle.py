@@ -1,8 +1,10 @@
 """vm-start and vm-stop: one D-Bus call each."""
 
 import os
+import time
 
 from vmsilo.bus import Bus, check_known, is_interactive
+from vmsilo.command_socket import Progress
 from vmsilo.errors import ClientError, UsageError
 from vmsilo.names import check_name
 from vmsilo.options import parse_options, parse_seconds
@@ -36,11 +38,14 @@ def main_start(argv: list[str], place: Place) -> int:
         return 0
     name = _one_name(rest)
     wait = "--wait" in options
+    progress = Progress("vm-start", name, time.monotonic(), place)
     bus = Bus(place, interactive=is_interactive())
     try:
         check_known(bus, name, place)
-        bus.call("Start", "sa{sv}", (name, {"wait": ("b", wait)}), wait=START_WAIT + POLKIT_WAIT)
+        tick = progress.show if os.isatty(2) else None
+        bus.call("Start", "sa{sv}", (name, {"wait": ("b", wait)}), wait=START_WAIT + POLKIT_WAIT, tick=tick)
     finally:
+        progress.erase()
         bus.close()
     return 0
 

@@ -26,6 +26,7 @@ from vmsilod.control import ControlServer
 from vmsilod.endings import Endings
 from vmsilod.errors import VmsiloError
 from vmsilod.holders import Holders
+from vmsilod.hugepages.images import HugepageImages
 from vmsilod.image_watch import ImageWatch
 from vmsilod.lifecycle import Lifecycle
 from vmsilod.network.pool import NetworkPool
@@ -67,7 +68,8 @@ class Daemon:
         self._usb = UsbAttachments(self._registry)
         self._network = NetworkPool(Switches(SwitchUnits(self._systemd)))
         self._publication = Publication(self._registry, self._systemd, self._pci, self._network)
-        holders = Holders(self._consoles, self._endings, self._pci, self._usb, self._network)
+        huge = HugepageImages(self._registry, self._systemd.start, lambda vm: self._lifecycle.changed(vm))
+        holders = Holders(self._consoles, self._endings, self._pci, self._usb, self._network, huge)
         self._runs = Runs(self._registry, self._systemd, holders, lambda vm: self._lifecycle.changed(vm))
         self._lifecycle = Lifecycle(self._registry, self._systemd, holders, self._runs, self._publication)
         self._publication.on_applied = self._take_over

@@ -52,6 +52,11 @@ class Request:
     owner: int = 0
     guest_files: Mapping[str, str] = field(default_factory=dict)
     """Below the guest's /run, by name: of its interfaces (vmsilod.network.guest) and shares."""
+    huge_root: int | None = None
+    """The image's root in huge pages: an open descriptor of boot.version; not closed here."""
+
+    def fds(self) -> list[int]:
+        return [] if self.huge_root is None else [self.huge_root]
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,8 @@ class Acquired:
     device_fd: int | None
     host_port_fd: int | None
     root_pmem: bool = False
+    root_huge: bool = False
+    root_size: int = 0
     vhost_user_fds: list[int] = field(default_factory=list)
 
     def channel(self, uid: int) -> dict[str, Any]:
@@ -106,7 +113,11 @@ def acquire(request: Request) -> Acquired:
         directory = rundir.create_rundir(request.name)
         secret = secrets.token_hex(SECRET_BYTES)
         kernel_fd = keep(image.open_file(files.kernel))
-        root_fd = keep(image.open_file(files.root, writable=not request.root_readonly))
+        root_fd = keep(
+            image.open_file(files.root, writable=not request.root_readonly)
+            if request.huge_root is None
+            else os.dup(request.huge_root)
+        )
         plain_kernel = request.boot.kernel is not None and files.initrd is None
         shelf = directory if request.opens_as is not None else None
         ssh = ssh_keys.prepare_keys(request.name, files.login, request.owner) if request.ssh else None
@@ -138,6 +149,8 @@ def acquire(request: Request) -> Acquired:
             *(secret, cid, directory, files, kernel_fd, initrd_fd, root_fd, monitor_fd),
             *(device_fd, host_port_fd),
             root_pmem=request.root_readonly and image.is_pmem(files, root_fd),
+            root_huge=request.huge_root is not None,
+            root_size=os.fstat(root_fd).st_size,
             vhost_user_fds=vhost_user_fds,
         )
 

@@ -59,6 +59,7 @@ class Runs:
         self._endings = holders.endings
         self._pci = holders.pci
         self._network = holders.network
+        self._hugepages = holders.hugepages
         self._on_change = on_change
         self._relay: RelayClient | None = None
         self._vsock_listening = False
@@ -141,6 +142,8 @@ class Runs:
         try:
             mounts = await self.shares.plan(config, request)
             request = dataclasses.replace(request, guest_files=plan_guest_files(interfaces.ports) | mounts)
+            request = await self._hugepages.lease(vm, config, request)
+            held += request.fds()
             acquired = await loop.in_worker(preparation.acquire, request)
             held += acquired.fds()
             listeners, journal = split_passed(fds)
@@ -306,6 +309,8 @@ class Runs:
         await self._network.close(vm.name)
         await loop.in_worker(records.forget_record, vm.name)
         vm.forget_run()
+        if record is not None:
+            await self._hugepages.release(record)
         self._on_change(vm)
 
     async def _stop_vsock(self, name: str, unit_of_vm: str) -> None:
@@ -327,6 +332,7 @@ class Runs:
         running = [vm for vm in self._registry if vm.record is not None]
         await self._pci.repair([vm.name for vm in running])
         await self._network.repair({vm.name: vm.started_as for vm in running})
+        await self._hugepages.repair()
         for path in rundir.VM_DIR.glob("*") if rundir.VM_DIR.is_dir() else ():
             vm = self._registry.find(path.name)
             if vm is None or vm.record is None:

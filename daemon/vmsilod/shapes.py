@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vmsilod.errors import StartFailed
 from vmsilod.host import LIBDIR, find_uid
 from vmsilod.network.guest import plan_ifnames
 from vmsilod.preparation import Request
 from vmsilod.resources.image import BootChoice
 from vmsilod.resources.vhost_user import Account, find_groups
 from vmsilod.vmm import launch
+from vmsilod.vmm.choose import VmmKind
 from vmsilod.vmm.drivers import DRIVERS
 
 if TYPE_CHECKING:
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from vmsilod.host import Host
     from vmsilod.network.plan import Port
     from vmsilod.preparation import Acquired
-    from vmsilod.vmm.choose import VmmKind
 
 EMPTY_DIR = LIBDIR / "empty"  # crosvm's pivot root: Debian has no /var/empty
 
@@ -89,10 +90,29 @@ def leases_of(config: VmConfig, peer: Peer, acquired: Acquired, kind: VmmKind, h
         landlock=host.landlock,
         empty_dir=str(EMPTY_DIR),
         root=launch.Disk(
-            acquired.root_fd, config.root_disk_readonly, pmem=acquired.root_pmem and DRIVERS[kind].pmem_root
+            acquired.root_fd,
+            config.root_disk_readonly,
+            pmem=is_root_pmem(config, acquired, kind),
+            size=acquired.root_size,
         ),
         vhost_user_fds=tuple(acquired.vhost_user_fds),
     )
+
+
+def is_root_pmem(config: VmConfig, acquired: Acquired, kind: VmmKind) -> bool:
+    """What image.device asks for; "auto": where it costs nothing, or saves the guest a copy of its own."""
+    wanted, driver = config.image_options.device, DRIVERS[kind]
+    pci = kind is not VmmKind.QEMU or config.qemu.machine != "microvm"
+    possible = acquired.root_pmem and pci and (driver.pmem_huge if acquired.root_huge else driver.pmem)
+    if wanted == "pmem" and not possible:
+        raise StartFailed(
+            f"the root of VM '{config.name}' cannot be persistent memory under {kind.value}"
+            + ("" if acquired.root_pmem else ": its image is too old for that, or not the image's own"),
+            'set image.device to "auto"',
+        )
+    if wanted == "auto":
+        return possible and (driver.pmem_root or acquired.root_huge)
+    return wanted == "pmem"
 
 
 def _channel_of(

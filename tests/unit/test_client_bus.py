@@ -101,6 +101,35 @@ def test_root_goes_over_the_bus(programs: Programs, daemon: FakeDaemon) -> None:
     assert daemon.flags & 4 == 0
 
 
+COPYING = vm("banking", "starting", Status=("s", "copying image default into huge pages: 43%"))
+BAR = b"starting banking: [########            ] 43% copying image"
+
+
+def test_a_copy_that_is_waited_for_is_a_bar(programs: Programs, daemon: FakeDaemon, tmp_path: Path) -> None:
+    daemon.vms = [COPYING]
+    with command_socket(tmp_path, run_commands) as host:
+        host.pause = 1.5
+        with Terminal([*programs.argv("vm-run"), "banking", "true"], env=programs.env) as terminal:
+            terminal.read_until(b"vm-run: " + BAR)
+            assert terminal.wait() == 0
+            assert b"\r\x1b[K" in terminal.screen  # and gone again
+
+
+def test_a_start_shows_the_copy(programs: Programs, daemon: FakeDaemon) -> None:
+    daemon.vms = [COPYING]
+    daemon.seconds["Start"] = 1.5
+    with Terminal([*programs.argv("vm-start"), "banking"], env=programs.env) as terminal:
+        terminal.read_until(b"vm-start: " + BAR)
+        assert terminal.wait() == 0
+
+
+def test_nobody_is_shown_a_bar_without_a_terminal(programs: Programs, daemon: FakeDaemon) -> None:
+    daemon.vms = [COPYING]
+    daemon.seconds["Start"] = 1.5
+    done = programs("vm-start", "banking")
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_interactive_permission_only_at_a_terminal(programs: Programs, daemon: FakeDaemon) -> None:
     denied = ("Not allowed\x1b[2J to run as root\nhint: ask the owner",)
     daemon.answers["Run"] = lambda _body: ("org.vmsilo1.Error.Denied", denied)

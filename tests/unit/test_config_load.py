@@ -86,7 +86,7 @@ def test_file_in_etc_replaces_vendor_file_and_drop_ins_merge(tmp_path: Path) -> 
     assert configuration.problems == ()
     vm = configuration.vms["a"]
     assert configuration.settings is not None
-    assert (configuration.settings.user, configuration.settings.image) == ("david", "default")
+    assert (configuration.settings.user, configuration.settings.image.name) == ("david", "default")
     assert (vm.memory, vm.cpus, vm.kernel_params) == (333, 2, ("y", "z"))
     assert (vm.crosvm.log_level, vm.crosvm.extra_args) == ("warn", ("-1",))
     assert [Path(source).name for source in vm.sources] == ["a.toml", "10.toml", "20.toml"]

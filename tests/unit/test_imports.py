@@ -38,7 +38,13 @@ LAYERS = (
     {"vmsilod.registry", "vmsilod.order_socket"},
     {"vmsilod.consoles", "vmsilod.relay_client", "vmsilod.control", "vmsilod.preparation", "vmsilod.watch"},
     {"vmsilod.image_watch"},
-    {"vmsilod.shapes", "vmsilod.memory", "vmsilod.interfaces", "vmsilod.relay_agreement"},
+    {
+        "vmsilod.hugepages",
+        "vmsilod.shapes",
+        "vmsilod.memory",
+        "vmsilod.interfaces",
+        "vmsilod.relay_agreement",
+    },
     {
         *("vmsilod.spawning", "vmsilod.ssh_login", "vmsilod.vm_view", "vmsilod.publication"),
         "vmsilod.endings",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from vmsilod.config import checks as checking
-from vmsilod.config import network_checks
+from vmsilod.config import image_options, network_checks
 from vmsilod.config.files import Document, FileSet, find_global, find_vms, load_document
 from vmsilod.config.model import VmConfig, resolve_vm
 from vmsilod.config.problems import Problem, describe_error, printable
@@ -83,6 +83,7 @@ def load_configuration(roots: Sequence[Path] = DEFAULT_ROOTS, checks: Checks | N
     for vm, document in found.vms.values():
         vmm = vm.vmm or (settings.vmm if settings else "auto")
         found.problems += checking.check_vmm(vm, vmm, document.find_origin)
+        found.problems += image_options.check_image(vm, vmm, document.find_origin)
     _check_network(found, settings, settings_file, checks)
     _check_dependencies(found)
     return _conclude(settings, found)

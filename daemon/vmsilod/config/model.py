@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
+from vmsilod.config.image_options import ImageName, ImageOptions, resolve_image
 from vmsilod.config.network import NetworkOptions
 from vmsilod.config.schema import (
     AbsolutePath,
@@ -20,7 +21,6 @@ from vmsilod.config.schema import (
     Color,
     CrosvmOptions,
     GlobalConfig,
-    ImageName,
     KernelParams,
     PciDevices,
     QemuOptions,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # Not part of what a running VM is made of: a change of these never asks for its restart.
-_OUTSIDE_DIGEST = {"sources", "auto_start", "restart", "usb_devices"}
+_OUTSIDE_DIGEST = {"sources", "auto_start", "restart", "usb_devices", "image_options"}
 
 
 class VmConfig(Table):
@@ -54,6 +54,7 @@ class VmConfig(Table):
     cpus: int
     color: Color
     image: ImageName
+    image_options: ImageOptions = ImageOptions()
     kernel: AbsolutePath | None = None
     initramfs: AbsolutePath | None = None
     kernel_params: KernelParams = ()
@@ -93,6 +94,7 @@ class VmConfig(Table):
         content = self.model_dump(mode="json", exclude=_OUTSIDE_DIGEST) | {
             "usb": self.wants_usb,
             "network": self.network.dump_for_guest(),
+            "image_options": [self.image_options.hugepages, self.image_options.device],
         }
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode("ascii")).hexdigest()
@@ -108,11 +110,11 @@ class VmConfig(Table):
 
 def resolve_vm(settings: GlobalConfig, vm: VmFile, sources: Sequence[str]) -> VmConfig:
     tables = {"crosvm", "qemu", "cloud_hypervisor", "root_disk", "vhost_user", "usb_devices", "network"}
-    tables |= {"shared_directories"}
+    tables |= {"shared_directories", "image"}
     own = vm.model_dump(exclude=tables, exclude_none=True)
     inherited = {
         key: getattr(settings, key)
-        for key in ("user", "image", "vmm", "shared_home", "start_timeout", "stop_timeout")
+        for key in ("user", "vmm", "shared_home", "start_timeout", "stop_timeout")
         if key not in own
     }
     crosvm = CrosvmOptions(
@@ -132,6 +134,7 @@ def resolve_vm(settings: GlobalConfig, vm: VmFile, sources: Sequence[str]) -> Vm
     return VmConfig(
         **own,
         **inherited,
+        **resolve_image(settings.image, vm.image),
         crosvm=crosvm,
         qemu=qemu,
         cloud_hypervisor=cloud_hypervisor,

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from vmsilod.config.color import parse_color
+from vmsilod.config.image_options import GlobalImage, VmImage, expand_image
 from vmsilod.config.network import HostNetworkingOptions, NetworkOptions
 from vmsilod.config.shares import SharedDirectories, SharedHome, SharedHomeDefault
 from vmsilod.config.table import Table
@@ -24,7 +25,6 @@ TIMEOUT_MAX = 3600  # seconds
 VM_NAME = re.compile(r"[a-z][a-z0-9-]{0,30}")
 # vmsilo's own units are vmsilo-relayd.* and so on; such a VM's vmsilo-NAME.socket would replace one.
 RESERVED_NAMES = frozenset({"relayd", "balloond", "consoled"})
-_IMAGE_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")
 _ACCOUNT = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}")
 # A path is put into `key=value,key=value` options: crosvm ends a word at , " ' [ ] and QEMU at a comma.
 _DEVICE_TYPE = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
@@ -50,12 +50,6 @@ def check_vm_name(name: str) -> str:
         )
     if name in RESERVED_NAMES:
         raise ValueError(f"'{name}' is the name of a part of vmsilo")
-    return name
-
-
-def _check_image(name: str) -> str:
-    if not _IMAGE_NAME.fullmatch(name):
-        raise ValueError(f"'{name}' is not an image name: up to 64 letters, digits, '.', '_' or '-'")
     return name
 
 
@@ -190,7 +184,6 @@ def _check_pci_once(devices: tuple[PciDevice, ...]) -> tuple[PciDevice, ...]:
 
 AbsolutePath = Annotated[str, AfterValidator(_check_path)]
 VmName = Annotated[str, AfterValidator(check_vm_name)]
-ImageName = Annotated[str, AfterValidator(_check_image)]
 AccountName = Annotated[str, AfterValidator(_check_account)]
 Color = Annotated[str, AfterValidator(_check_color)]
 UsbId = Annotated[str, AfterValidator(_check_usb_id)]
@@ -297,7 +290,7 @@ class GlobalConfig(Table):
 
     user: AccountName
     vmm: VmmChoice = "auto"
-    image: ImageName = "default"
+    image: Annotated[GlobalImage, BeforeValidator(expand_image)] = GlobalImage()
     crosvm: CrosvmOptions = CrosvmOptions()
     qemu: QemuOptions = QemuOptions()
     cloud_hypervisor: CloudHypervisorOptions = CloudHypervisorOptions()
@@ -316,7 +309,7 @@ class VmFile(Table):
     memory_max: Annotated[int | None, Field(ge=64, le=MEMORY_MAX)] = None
     cpus: Annotated[int, Field(ge=1, le=254)] = 2
     color: Color = "red"
-    image: ImageName | None = None
+    image: Annotated[VmImage | None, BeforeValidator(expand_image)] = None
     kernel: AbsolutePath | None = None
     initramfs: AbsolutePath | None = None
     kernel_params: KernelParams = ()

@@ -53,6 +53,8 @@ class BootChoice:
     kernel: str | None = None
     initramfs: str | None = None
     root_disk: str | None = None
+    version: str | None = None
+    """Of the image; None: the current one."""
 
 
 def find_boot_files(choice: BootChoice, images: Path = IMAGES_DIR) -> BootFiles:
@@ -62,7 +64,7 @@ def find_boot_files(choice: BootChoice, images: Path = IMAGES_DIR) -> BootFiles:
     manifest: dict[str, Any] = {}
     login, uid = "user", 1000
     if needs_image:
-        link = images / choice.image / "current"
+        link = images / choice.image / (choice.version or "current")
         try:
             base = link.resolve(strict=True)
             manifest = json.loads((base / "manifest.json").read_text())

@@ -25,7 +25,8 @@ class Record:
     """One VM's lease: `invocation` is systemd's INVOCATION_ID of the unit run that holds it; `config` is
     the JSON of the configuration that it was started with, `login` and `guest_uid` the guest's user,
     `version` that of its image ("" before it has any files, "custom" if none of them is the image's).
-    `ran`: the VMM has got as far as running the guest; `stopping`: somebody asked for the end.
+    `ran`: the VMM has got as far as running the guest; `stopping`: somebody asked for the end; `hugepages`:
+    IMAGE/VERSION of the image that it uses or is about to use in huge pages.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Record:
     guest_uid: int = 1000
     ran: bool = False
     stopping: bool = False
+    hugepages: str = ""
 
 
 def save_record(record: Record, directory: Path = STATE_DIR) -> None:

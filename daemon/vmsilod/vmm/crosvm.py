@@ -99,6 +99,8 @@ def _vsock_args(leases: Leases, fds: PassedFds) -> list[str]:
 def _disk_args(root: Disk | None, fds: PassedFds) -> list[str]:
     if root is None:
         return []
+    if root.pmem:
+        return ["--pmem", f"path={fds.path(root.fd)},ro=true"]
     # flock(2), exclusive, for a writable one. None for an image, which everybody may read: who may read a
     # file may lock it, and crosvm would not start beside such a lock.
     ro, lock = ("true", "false") if root.readonly else ("false", "true")

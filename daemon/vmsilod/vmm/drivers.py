@@ -46,7 +46,11 @@ class Driver:
     builtin_vsock: bool = False
     """The VMM brings its own hybrid vsock, and takes no other."""
     pmem_root: bool = False
-    """A read-only root may be persistent memory."""
+    """A read-only root is persistent memory where nobody asked for something else."""
+    pmem: bool = False
+    """It can be, if it is an ordinary file."""
+    pmem_huge: bool = False
+    """It can be, if it is in huge pages; then it is."""
     opens_by_path: bool = False
     """The VMM opens what it is passed once more, by /proc/self/fd and with its own rights: disks and the
     sockets of vhost-user devices too."""
@@ -62,6 +66,9 @@ DRIVERS = {
         crosvm.explain_exit,
         CrosvmMonitor,
         socket.SOCK_SEQPACKET,
+        # Not in huge pages: it maps a file where it has reserved room in steps of 4 KiB, which the kernel
+        # refuses for hugetlbfs.
+        pmem=True,
         looks_up_tap=True,
     ),
     VmmKind.QEMU: Driver(
@@ -69,6 +76,8 @@ DRIVERS = {
         qemu.explain_exit,
         QemuMonitor,
         socket.SOCK_STREAM,
+        pmem=True,
+        pmem_huge=True,
         speaks_when_running=True,
     ),
     VmmKind.CLOUD_HYPERVISOR: Driver(
@@ -78,6 +87,8 @@ DRIVERS = {
         socket.SOCK_STREAM,
         builtin_vsock=True,
         pmem_root=True,
+        pmem=True,
+        pmem_huge=True,
         opens_by_path=True,
     ),
 }

@@ -136,7 +136,9 @@ class Disk:
     fd: int
     readonly: bool
     pmem: bool = False
-    """It can be persistent memory: its size is right for that, and the initrd has the driver."""
+    """It is to be persistent memory: its size is right for that, and the initrd has the driver."""
+    size: int = 0
+    """Bytes; known where it is persistent memory."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vmsilod.vmm.launch import Disk, Leases, VmShape
 
 BALLOON_ID = "balloon0"
+PMEM_ROOM_MIB = 1024
 
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 # No guest page in a core dump of the VMM, and none merged with another VM's (a timing channel between VMs).
@@ -50,7 +51,7 @@ def plan_launch(vm: VmShape, leases: Leases, *, console: Console, binary: str) -
     """argv of qemu-system-x86_64; see docs/vmm.md for each option's reason."""
     _check_extra_args(vm)
     kvm = uses_kvm(vm, leases)
-    machine = choose_machine(vm, kvm=kvm)
+    machine = choose_machine(vm, kvm=kvm, pmem=_has_pmem(leases))
     fds = PassedFds()
     argv = [binary, "-nodefaults", "-no-user-config", "-display", "none", "-sandbox", _SANDBOX]
     argv += [
@@ -60,10 +61,14 @@ def plan_launch(vm: VmShape, leases: Leases, *, console: Console, binary: str) -
         f"guest={quote_qemu(check_argument(vm.name))},debug-threads=on",
     ]
     argv += _machine_args(vm, machine, console, kvm=kvm)
+    argv += _memory_args(vm, leases.root)
     argv += ["-kernel", fds.path(leases.kernel_fd)]
     if leases.initrd_fd is not None:
         argv += ["-initrd", fds.path(leases.initrd_fd)]
-    argv += ["-append", plan_kernel_params(vm, leases, console=console)]
+    argv += [
+        "-append",
+        plan_kernel_params(vm, leases, console=console, vmm_params=_kernel_params(vm, leases)),
+    ]
     bus = "device" if machine == "microvm" else "pci"
     # The first virtio-blk device is the guest's vda.
     argv += _disk_args(leases.root, fds, bus)
@@ -87,13 +92,13 @@ def plan_launch(vm: VmShape, leases: Leases, *, console: Console, binary: str) -
     return Launch(tuple(argv), ENVIRONMENT, fds.passed())
 
 
-def choose_machine(vm: VmShape, *, kvm: bool) -> str:
+def choose_machine(vm: VmShape, *, kvm: bool, pmem: bool = False) -> str:
     """microvm where nothing speaks against it: less firmware, and fewer emulated devices to attack.
 
     Under TCG it is q35: microvm has neither HPET nor PM timer, so a guest without KVM's clock boots only if
     it can calibrate its TSC against the PIT, which mostly failed on a busy host (QEMU 10.0.13, Linux 6.12).
     """
-    needs_pci = vm.needs_pci or vm.usb
+    needs_pci = vm.needs_pci or vm.usb or pmem
     if vm.qemu.machine == "microvm" and needs_pci:
         raise LaunchRefused(
             f"{vm.name} has a device that needs PCI, and machine microvm has none",
@@ -123,10 +128,29 @@ def _machine_args(vm: VmShape, machine: str, console: Console, *, kvm: bool) -> 
         *("-accel", "kvm" if kvm else "tcg,thread=multi"),
         *("-cpu", cpu),
         *("-smp", str(vm.cpus)),
-        *("-m", f"{vm.memory_mib}M" + (f",maxmem={vm.memory_max_mib}M" if vm.memory_max_mib else "")),
-        # Shared, so that vhost-user backends (vsock, virtiofsd) can map it.
-        *("-object", f"memory-backend-memfd,id=mem0,size={vm.memory_mib}M,share=on"),
     ]
+
+
+def _memory_args(vm: VmShape, root: Disk | None) -> list[str]:
+    size = f"{vm.memory_mib}M"
+    highest = vm.memory_max_mib or vm.memory_mib
+    if root is not None and root.pmem:
+        # Persistent memory has its place above the memory, with some room to begin at a round address.
+        highest += (root.size >> 20) + PMEM_ROOM_MIB
+    if highest > vm.memory_mib:
+        size += f",maxmem={highest}M"
+    # Shared, so that vhost-user backends (vsock, virtiofsd) can map it.
+    return ["-m", size, "-object", f"memory-backend-memfd,id=mem0,size={vm.memory_mib}M,share=on"]
+
+
+def _has_pmem(leases: Leases) -> bool:
+    return leases.root is not None and leases.root.pmem
+
+
+def _kernel_params(vm: VmShape, leases: Leases) -> tuple[str, ...]:
+    # Memory above 4 GiB makes Linux set 64 MiB aside for devices that reach no higher. There are none but
+    # those of the host.
+    return ("swiotlb=512",) if _has_pmem(leases) and not vm.pci else ()
 
 
 def _console_args(console: Console, bus: str) -> list[str]:
@@ -143,6 +167,12 @@ def _console_args(console: Console, bus: str) -> list[str]:
 def _disk_args(root: Disk | None, fds: PassedFds, bus: str) -> list[str]:
     if root is None:
         return []
+    if root.pmem:
+        backend = f"memory-backend-file,id=root0,mem-path={fds.path(root.fd)},size={root.size}"
+        return [
+            *("-object", f"{backend},share=on,readonly=on"),
+            *("-device", "virtio-pmem-pci,memdev=root0,id=pmem-root"),
+        ]
     number = fds.number(root.fd)
     access = "read-only=on" if root.readonly else "read-only=off,discard=unmap"
     # driver=raw: without it QEMU would probe, and the guest could write a qcow2 header that names a file of

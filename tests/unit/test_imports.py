@@ -45,6 +45,7 @@ LAYERS = (
     {"vmsilod.holders", "vmsilod.forwards"},
     {"vmsilod.runs"},
     {"vmsilod.lifecycle"},
+    {"vmsilod.disposables"},
     {"vmsilod.main"},
 )
 

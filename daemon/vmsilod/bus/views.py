@@ -13,7 +13,7 @@ from gi.repository import GLib
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from vmsilod.bus.requests import RunRequest, SshRequest
+    from vmsilod.bus.requests import DisposableRequest, RunRequest, SshRequest
     from vmsilod.pci.ledger import PciView
 
 TEXT_MAX = 600
@@ -44,6 +44,8 @@ class VmView:
     auto_start: bool = False
     depends_on: tuple[str, ...] = ()
     unit: str = ""
+    disposable: bool = False
+    template: str = ""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,15 @@ class UsbDomain(Protocol):
         """Let the host's drivers have it again."""
 
 
+class DisposableDomain(Protocol):
+    """Disposables, as Domain."""
+
+    async def create(self, request: DisposableRequest) -> tuple[str, Sequence[str]]:
+        """A name, and what it lacks of its template, for people. It lives until the connection of the
+        request has gone; the descriptor of a shared directory stays the caller's.
+        """
+
+
 class Domain(Protocol):
     """The VMs. Called on the loop; whatever goes wrong is a VmsiloError."""
 
@@ -163,6 +174,9 @@ class Domain(Protocol):
     @property
     def usb(self) -> UsbDomain: ...
 
+    @property
+    def disposables(self) -> DisposableDomain: ...
+
     def subscribe(self, callback: Callable[[Change], None]) -> Callable[[], None]:
         """Call back on the loop after every change, until the returned function is called."""
 
@@ -187,6 +201,8 @@ _PROPERTIES: dict[str, tuple[str, str]] = {
     "AutoStart": ("b", "auto_start"),
     "DependsOn": ("as", "depends_on"),
     "Unit": ("s", "unit"),
+    "Disposable": ("b", "disposable"),
+    "Template": ("s", "template"),
 }
 
 

@@ -44,7 +44,10 @@ _OUTSIDE_DIGEST = {"sources", "auto_start", "restart", "usb_devices"}
 
 
 class VmConfig(Table):
-    """Everything that the files say about one VM; `vmm` may still be "auto", `sources` are those files."""
+    """Everything that the files say about one VM; `vmm` may still be "auto", `sources` are those files.
+
+    `template`: no file says this one; it is a disposable that was made of the VM of that name.
+    """
 
     name: VmName
     user: AccountName
@@ -67,6 +70,8 @@ class VmConfig(Table):
     cloud_hypervisor: CloudHypervisorOptions = CloudHypervisorOptions()
     vhost_user: VhostUserDevices = ()
     auto_start: bool = False
+    disposable: bool = False
+    template: VmName | None = None
     depends_on: VmNames = ()
     restart: RestartPolicy = RestartPolicy()
     pci_devices: PciDevices = ()

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from vmsilod.config.color import parse_color
+from vmsilod.config.disposables import DisposableOptions
 from vmsilod.config.network import HostNetworkingOptions, NetworkOptions
 from vmsilod.config.table import Table
 from vmsilod.pci.address import parse_address
@@ -302,6 +303,7 @@ class GlobalConfig(Table):
     cloud_hypervisor: CloudHypervisorOptions = CloudHypervisorOptions()
     isolated_pci_devices: PciAddresses = ()
     host_networking: HostNetworkingOptions = HostNetworkingOptions()
+    disposables: DisposableOptions = DisposableOptions()
     start_timeout: Seconds = 180
     stop_timeout: Seconds = 30
 
@@ -329,6 +331,7 @@ class VmFile(Table):
     cloud_hypervisor: VmCloudHypervisorOptions = VmCloudHypervisorOptions()
     vhost_user: VhostUserDevices = ()
     auto_start: bool = False
+    disposable: bool = False
     depends_on: VmNames = ()
     restart: Annotated[RestartPolicy | None, BeforeValidator(_expand_restart)] = None
     pci_devices: PciDevices = ()

@@ -305,7 +305,8 @@ def test_two_hundred_in_a_row_leave_nothing(site: Site, capsys: pytest.CaptureFi
 
 
 def run_many(site: Site, template: str, count: int) -> None:
-    script = f"seq {count} | xargs -P2 -I@ sh -c '[ \"$(vm-run --disposable {template} echo @)\" = @ ] || echo wrong @'"
+    one = f"vm-run --disposable {template} echo @"
+    script = f"seq {count} | xargs -P2 -I@ sh -c '[ \"$({one})\" = @ ] || echo wrong @'"
     assert site.host.run(script, user=USER, timeout=400).stdout == ""
     wait_for(lambda: gone(site, template), seconds=60)
 

@@ -1,6 +1,7 @@
 """vm-run --disposable and --here, against a stand-in for vmsilod and a command socket."""
 
 import os
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 from client_host import command_socket, run_commands
 
-jeepney = pytest.importorskip("jeepney")
+pytest.importorskip("jeepney")
+import jeepney
 from client_host_bus import FakeDaemon, Programs, fake_daemon, message_bus
 
 
@@ -57,8 +59,6 @@ def test_the_connection_is_held_until_the_command_has_ended(
     daemon.answers["CreateDisposable"] = create
     with command_socket(tmp_path, run_commands):
         script = f"touch {tmp_path}/runs; while [ ! -e {tmp_path}/end ]; do sleep 0.05; done"
-        import subprocess
-
         argv = [*programs.argv("vm-run"), "--disposable", "work", "sh", "-c", script]
         client = subprocess.Popen(argv, env={**os.environ, **programs.env})
         while not (tmp_path / "runs").exists():

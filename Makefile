@@ -15,12 +15,14 @@ RUN := $(VENV)/bin
 # What the product needs from Debian (README names the same); then what its tests and the container host need.
 RUNTIME_PACKAGES := python3-venv python3-gi python3-pydbus python3-systemd python3-cairo gir1.2-glib-2.0 \
 	dbus polkitd mmdebstrap erofs-utils nftables
+# Debian 12 has no virtiofsd (VMs there share no directories).
+RUNTIME_PACKAGES += $(shell . /etc/os-release; [ "$$VERSION_ID" = 12 ] || echo virtiofsd)
 TEST_PACKAGES := systemd-container openssh-client e2fsprogs util-linux iproute2 busybox-static cpio
 
 PYTHON_ROOTS := daemon client guest
 CLIENTS := vm-run vm-shell vm-start vm-stop vm-start-debug vmsilo
 STDLIB_PROGRAMS := vmsilo-relayd:vmsilo_relay.__main__ vmsilo-consoled:vmsilo_console.__main__ \
-	vmsilo-forward:vmsilo_forward.__main__ \
+	vmsilo-forward:vmsilo_forward.__main__ vmsilo-share:vmsilo_share.__main__ \
 	vmsilo-launch:vmsilo_launch.launch vmsilo-pci-claim:vmsilod.pci.early
 VENV_PROGRAMS := vmsilod:vmsilod.main vmsilo-check:vmsilod.config.check vmsilo-image:vmsilo_image.__main__
 

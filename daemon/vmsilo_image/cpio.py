@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import stat
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ TRAILER = "TRAILER!!!"
 ALIGN = 4
 SECRET = re.compile(r"[0-9a-f]{64}")
 NETWORK_FILE = re.compile(r"(networkd\.conf\.d|network|resolved\.conf\.d)/[A-Za-z0-9][A-Za-z0-9._@+:-]*")
+MOUNT_FILE = re.compile(
+    r"system/([A-Za-z0-9_][A-Za-z0-9._:\\-]*\.mount|local-fs\.target\.d/[0-9a-z-]+\.conf)"
+)
 LOGIN = re.compile(r"[a-z_][a-z0-9_-]{0,30}")
 
 
@@ -91,9 +95,9 @@ def _network_entries(network: Mapping[str, str]) -> list[Entry]:
     if not network:
         return []
     for name in network:
-        if not NETWORK_FILE.fullmatch(name):
-            raise ValueError(f"{name!r} is not the name of a network configuration file")
-    folders = sorted({name.partition("/")[0] for name in network})
+        if not (NETWORK_FILE.fullmatch(name) or MOUNT_FILE.fullmatch(name)):
+            raise ValueError(f"{name!r} is not the name of a file for a guest's /run/systemd")
+    folders = sorted({str(folder) for name in network for folder in PurePosixPath(name).parents} - {"."})
     entries = [directory("vmsilo/systemd"), *(directory(f"vmsilo/systemd/{folder}") for folder in folders)]
     entries += [regular(f"vmsilo/systemd/{name}", text.encode()) for name, text in network.items()]
     return entries

@@ -32,18 +32,23 @@ log = logging.getLogger(__name__)
 
 MAX_REQUEST = 4096
 MAX_REQUEST_FDS = 4
-MAX_PEERS_PER_VM = 4
+MAX_PEERS_PER_UNIT = 4
 ACCEPTS_PER_TURN = 16  # anybody may connect: a flood gets its share of the loop and not more
 PAUSE_SECONDS = 0.5
 REQUEST_SECONDS = 10.0
 UCRED = struct.Struct("3i")  # pid, uid, gid: unix(7) SO_PEERCRED
-UNIT_PATTERN = re.compile(r"vmsilo-([a-z][a-z0-9-]{0,30})-(vm|debug|forward|debugforward)\.service")
+UNIT_PATTERN = re.compile(
+    r"vmsilo-([a-z][a-z0-9-]{0,30})-"
+    r"(vm|debug|forward|debugforward|(?:share|debugshare)(?=@))(?:(?<=share)@[A-Za-z0-9._-]{1,35})?\.service"
+)
 # Nobody who only copies what strangers send may ask for a VM.
 OPERATIONS = {
     "vm": ("prepare", "stop"),
     "debug": ("prepare", "stop"),
     "forward": ("forward",),
     "debugforward": ("forward",),
+    "share": ("share",),
+    "debugshare": ("share",),
 }
 
 
@@ -75,6 +80,10 @@ class Handler(Protocol):
     async def shut_down(self, peer: Peer) -> dict[str, Any]: ...
 
     async def forward(self, peer: Peer, *, listening: bool) -> tuple[dict[str, Any], list[int]]: ...
+
+    async def share(
+        self, peer: Peer, fds: list[int], *, listening: bool
+    ) -> tuple[dict[str, Any], list[int]]: ...
 
 
 def find_unit(pid: int, proc: Path = Path("/proc")) -> tuple[str, str] | None:
@@ -135,11 +144,11 @@ class ControlServer:
                 loop.call_later(PAUSE_SECONDS, self._resume)
                 return
             peer = identify(sock)
-            if peer is None or self._peers[peer.name] >= MAX_PEERS_PER_VM:
+            if peer is None or self._peers[peer.unit] >= MAX_PEERS_PER_UNIT:
                 sock.close()
                 continue
             sock.settimeout(0)
-            self._peers[peer.name] += 1
+            self._peers[peer.unit] += 1
             loop.spawn(self._serve(sock, peer))
 
     async def _serve(self, sock: socket.socket, peer: Peer) -> None:
@@ -150,9 +159,9 @@ class ControlServer:
         except OSError as error:
             log.warning("launcher of %s went away: %s", peer.name, error.strerror)
         finally:
-            self._peers[peer.name] -= 1
-            if not self._peers[peer.name]:
-                del self._peers[peer.name]
+            self._peers[peer.unit] -= 1
+            if not self._peers[peer.unit]:
+                del self._peers[peer.unit]
 
     async def _answer(self, sock: socket.socket, peer: Peer) -> None:
         data, fds, _, _ = socket.recv_fds(sock, MAX_REQUEST, MAX_REQUEST_FDS)
@@ -164,6 +173,8 @@ class ControlServer:
                 reply = await self._handler.shut_down(peer)
             elif operation.startswith("forward"):
                 reply, handed = await self._handler.forward(peer, listening=operation == "forward again")
+            elif operation.startswith("share"):
+                reply, handed = await self._handler.share(peer, fds, listening=operation == "share again")
             else:
                 prepared = await self._handler.prepare(peer, fds)
                 launch = prepared.launch
@@ -189,14 +200,16 @@ class ControlServer:
 
 
 def parse_operation(untrusted_data: bytes, peer: Peer) -> str:
-    """ "prepare", "stop" or "forward", "forward again" from one that listens; for the peer's own VM."""
+    """ "prepare", "stop", "forward" or "share"; the latter two with " again" from one that listens. For the
+    peer's own VM.
+    """
     try:
         request = json.loads(untrusted_data)
         operation, name = request["op"], request["name"]
-        again = operation == "forward" and request["listening"]
+        again = operation in ("forward", "share") and request["listening"]
     except (ValueError, KeyError, TypeError) as error:
         raise BadRequest("the launcher's request cannot be read") from error
     match = UNIT_PATTERN.fullmatch(peer.unit)
     if match is None or operation not in OPERATIONS[match[2]] or name != peer.name:
         raise BadRequest(f"unit {peer.unit} asked for something that is not its own")
-    return "forward again" if again else str(operation)
+    return f"{operation} again" if again else str(operation)

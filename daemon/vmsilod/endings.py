@@ -283,6 +283,8 @@ def explain(vm: Vm, unit: UnitState) -> Outcome:
     record = vm.record
     if vm.killing:
         return Outcome(OutcomeKind.KILLED_ON_REQUEST, "killed on request")
+    if vm.lost_share:
+        return Outcome(OutcomeKind.CRASH, vm.lost_share, f"journalctl -t vmsilo-{vm.name}-share")
     if record is None or not record.launched:
         return Outcome(
             OutcomeKind.START_FAILED,

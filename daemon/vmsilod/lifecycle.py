@@ -244,6 +244,7 @@ class Lifecycle:
         """systemd reported a change of a VM's unit."""
         vm = self._find_by_unit(unit)
         if vm is None:
+            self._runs.shares.unit_changed(unit)
             return
         if vm.name in self._refreshing:
             self._stale.add(vm.name)

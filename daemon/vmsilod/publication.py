@@ -20,6 +20,7 @@ from vmsilod.config.schema import RESERVED_NAMES
 from vmsilod.errors import VmsiloError
 from vmsilod.host import LIBDIR, Host, find_uid, probe_host
 from vmsilod.resources import ssh_keys
+from vmsilod.resources.shares import hand_over_places
 from vmsilod.resources.vsock import HYBRID_CID
 from vmsilod.units import files as unit_files
 from vmsilod.units.render import RenderedUnits, UnitContext, UnitPaths, command_socket, render_units
@@ -75,6 +76,8 @@ class Publication:
             for problem in configuration.problems:
                 log.warning("%s", problem)
             await loop.in_worker(apply_rules, configuration)
+            if configuration.settings is not None:
+                await loop.in_worker(hand_over_places, configuration.settings.user)
             await self._publish(configuration)
         if configuration.settings is not None:  # a broken file gives nothing to the host
             await self._pci.isolate(configuration.settings.isolated_pci_devices)

@@ -47,6 +47,7 @@ class Vm:
     )
     vmm: Literal["crosvm", "qemu", "cloud-hypervisor"] | None = None  # what its unit was written for
     killing: bool = False
+    lost_share: str = ""  # what ended of its own, without which the VM cannot go on
     stop_deadline: float | None = None
     lock: Lock = field(default_factory=Lock)
     waiters: list[Future[None]] = field(default_factory=list)
@@ -125,7 +126,7 @@ class Vm:
         """Nothing of a run is left: called when its leases were given back."""
         self.record = None
         self.agent = self.ready = self.was_ready = self.killing = self.debug = False
-        self.status = ""
+        self.status = self.lost_share = ""
         self.stop_deadline = None
 
 

@@ -26,6 +26,7 @@ from vmsilod.resources import record as records
 from vmsilod.resources import rundir, vsock
 from vmsilod.resources.record import Record
 from vmsilod.shapes import leases_of, request_of, shape_of
+from vmsilod.shares import Shares
 from vmsilod.units.render import vsock_unit
 from vmsilod.vmm import drivers
 from vmsilod.vmm.choose import TCG_WARNING, VmmKind, choose_vmm
@@ -63,6 +64,8 @@ class Runs:
         self._vsock_listening = False
         self._forwards = Forwards(registry, systemd, lambda: self.relay)
         self.forward = self._forwards.answer
+        self.shares = Shares(registry, systemd)
+        self.share = self.shares.answer
         self.debug_terminals: dict[str, list[int]] = {}
 
     def use_relay(self, relay: RelayClient) -> None:
@@ -136,7 +139,8 @@ class Runs:
         interfaces = await open_interfaces(self._network, vm.name, choice.kind, peer.pid)
         held, terminals = interfaces.fds(), list[int]()
         try:
-            request = dataclasses.replace(request, guest_files=plan_guest_files(interfaces.ports))
+            mounts = await self.shares.plan(config, request)
+            request = dataclasses.replace(request, guest_files=plan_guest_files(interfaces.ports) | mounts)
             acquired = await loop.in_worker(preparation.acquire, request)
             held += acquired.fds()
             listeners, journal = split_passed(fds)
@@ -150,12 +154,16 @@ class Runs:
                 await self._connect_channel(vm, acquired, peer.unit)
             await self._register(vm, config, peer, acquired, listeners)
             await self._forwards.open(vm, config)
+            shared = await self.shares.open(vm, acquired, request)
+            held += [device.fd for device in shared]
             if choice.kind is VmmKind.CROSVM and not config.root_disk_readonly:
                 await loop.in_worker(refuse_foreign_format, acquired.root_fd)
             planned = driver.plan_launch(
                 shape_of(config, interfaces.ports),
                 dataclasses.replace(
-                    leases_of(config, peer, acquired, choice.kind, host), nets=interfaces.nets
+                    leases_of(config, peer, acquired, choice.kind, host),
+                    nets=interfaces.nets,
+                    shares=shared,
                 ),
                 console=console_of(vm, terminals),
                 binary=choice.binary,
@@ -163,7 +171,11 @@ class Runs:
             if choice.kind is VmmKind.QEMU and not host.kvm.usable:
                 log.warning("VM %s: %s (%s)", vm.name, TCG_WARNING, host.kvm.reason)
             vm.record = dataclasses.replace(
-                vm.record, cid=acquired.cid, launched=True, login=acquired.files.login
+                vm.record,
+                cid=acquired.cid,
+                launched=True,
+                login=acquired.files.login,
+                guest_uid=acquired.files.uid,
             )
             await loop.in_worker(records.save_record, vm.record)
         except BaseException:
@@ -277,6 +289,7 @@ class Runs:
     async def _release(self, vm: Vm, *, again: bool = False) -> None:
         record = vm.record
         await self._forwards.close(vm)
+        await self.shares.close(vm)
         if record is not None and not again:
             await self._forget_in_relay(vm.name, record.invocation)
             await self._consoles.close(vm.name, record.invocation)
@@ -331,6 +344,8 @@ class Runs:
             await self._endings.tell(vm)
             async with vm.lock:
                 await self._release(vm)
+            return
+        await self.shares.watch(vm)
 
     async def _remove_rundir(self, name: str) -> None:
         try:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vmsilod.bus.views import VmView
+from vmsilod.units.shares import home_path
 
 if TYPE_CHECKING:
+    from vmsilod.config import VmConfig
     from vmsilod.registry import Vm
 
 
@@ -34,4 +36,15 @@ def view_of(vm: Vm) -> VmView:
         unit=vm.debug_service if vm.debug else vm.service,
         disposable=shown.disposable if shown else False,
         template=(shown.template or "") if shown else "",
+        shares=describe_shares(shown, vm.record.login if vm.record is not None else "") if shown else (),
     )
+
+
+def describe_shares(config: VmConfig, login: str) -> tuple[str, ...]:
+    """Each as HOST:GUEST[:ro]; the name of the guest's user is known once the VM has run."""
+    home = home_path(config)
+    shares = [] if home is None else [f"{home}:{f'/home/{login}' if login else '~'}"]
+    shares += [
+        f"{entry.path}:{entry.mount}{':ro' if entry.readonly else ''}" for entry in config.shared_directories
+    ]
+    return tuple(shares)

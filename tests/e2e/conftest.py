@@ -24,6 +24,13 @@ EXPECTED = (
     "Failed to start vmsilo-ports-vm.service",
     "connection to vmsilo-relayd failed",  # a test kills the relay
     "vmsilo-relayd went away",
+    "virtiofsd",  # tests kill one
+    "cannot make /shared/files",  # the disk is full on purpose
+    "Failed to start vmsilo-files-home",
+    "Failed to start vmsilo-files-vm",
+    "is a symbolic link",
+    "belongs to uid 0",
+    "could not be made",
 )
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 SETTINGS = """\
 user = "user"
+shared_home = false
 [host_networking.nat]
 enable = true
 interface = "wan0"
@@ -69,7 +70,7 @@ def online(host: Container) -> Iterator[Container]:
     yield host
     host.run("vm-stop --force online", check=False)
     host.run("rm /etc/vmsilo/vms.d/online.toml")
-    host.write("/etc/vmsilo/vmsilo.toml", 'user = "user"\n')
+    host.write("/etc/vmsilo/vmsilo.toml", 'user = "user"\nshared_home = false\n')
     host.wait_until("! test -e /sys/class/net/online-0", seconds=20)
     host.run("ip netns del far")
     for server in servers:

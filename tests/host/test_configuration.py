@@ -148,13 +148,13 @@ def test_a_new_owner(site: Site) -> None:
     assert site.vm_run(name, "true").returncode == 0
     site.host.run(["vm-stop", name], user=USER)
     try:
-        site.host.write("/etc/vmsilo/vmsilo.toml", 'user = "mallory"\n')
+        site.host.write("/etc/vmsilo/vmsilo.toml", 'user = "mallory"\nshared_home = false\n')
         site.host.wait_until(f"test $(stat -c %U /run/vmsilo/{name}-command.socket) = mallory", seconds=15)
         assert site.vm_run(name, "echo", "mine", user="mallory").stdout == "mine\n"
         assert site.vm_run(name, "true").returncode == 125
         site.host.run(["vm-stop", name], user="mallory")
     finally:
-        site.host.write("/etc/vmsilo/vmsilo.toml", 'user = "user"\n')
+        site.host.write("/etc/vmsilo/vmsilo.toml", 'user = "user"\nshared_home = false\n')
         site.host.wait_until(f"test $(stat -c %U /run/vmsilo/{name}-command.socket) = user", seconds=15)
 
 
@@ -165,7 +165,7 @@ def test_a_broken_global_file_disables_all_and_mends(site: Site) -> None:
         site.host.wait_until(f"vmsilo list | grep -q '^{stopped} .*broken'", seconds=10)
         assert site.vm_run(running, "echo", "fine").stdout == "fine\n"
     finally:
-        site.host.write("/etc/vmsilo/vmsilo.toml", 'user = "user"\n')
+        site.host.write("/etc/vmsilo/vmsilo.toml", 'user = "user"\nshared_home = false\n')
         site.wait_for_socket(stopped)
     assert site.vm_run(stopped, "echo", "fine").stdout == "fine\n"
 

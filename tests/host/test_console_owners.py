@@ -23,7 +23,7 @@ def wait_for_owner(site: Site, name: str, user: str) -> None:
 def test_a_new_owner_gets_the_console_when_the_vm_has_stopped_and_not_its_past(site: Site) -> None:
     name = site.running()
     try:
-        site.host.write(GLOBAL, 'user = "mallory"\n')
+        site.host.write(GLOBAL, 'user = "mallory"\nshared_home = false\n')
         site.host.wait_until(f"vmsilo list | grep -q '^{name} .*restart needed'", seconds=15)
         assert log_of(site, name, "mallory")[0] == 1
         assert BOOTED in log_of(site, name, "user")[1]
@@ -32,7 +32,7 @@ def test_a_new_owner_gets_the_console_when_the_vm_has_stopped_and_not_its_past(s
         assert log_of(site, name, "mallory") == (0, "")
         assert log_of(site, name, "user")[0] == 1
     finally:
-        site.host.write(GLOBAL, 'user = "user"\n')
+        site.host.write(GLOBAL, 'user = "user"\nshared_home = false\n')
         wait_for_owner(site, name, "user")
 
 

@@ -18,6 +18,7 @@ from hosts.transcript import Transcript
 SETTINGS = """\
 # /etc/vmsilo/vmsilo.toml
 user = "user"
+shared_home = false
 [host_networking.nat]
 enable = true
 interface = "uplink"

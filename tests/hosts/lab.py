@@ -68,7 +68,7 @@ def prepare(lab: Lab) -> None:
     take_vmms(lab)
     lab.push(layers.REPO / "tests/lab", "/root/tests/lab")
     lab.run("mkdir -p /root/results")
-    lab.run("""printf 'user = "user"\\n' > /etc/vmsilo/vmsilo.toml""")
+    lab.run("""printf 'user = "user"\\nshared_home = false\\n' > /etc/vmsilo/vmsilo.toml""")
     lab.run("systemctl enable --now vmsilod.socket vmsilo-relayd.socket vmsilod.service")
 
 

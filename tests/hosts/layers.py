@@ -49,6 +49,7 @@ HOST_PACKAGES = [
     "ca-certificates",
     "sudo",
     "openssh-client",
+    *(["virtiofsd"] if HOST_SUITE != "bookworm" else []),
 ]
 # vhost-device-vsock stands in for the kernel's vhost-vsock, which a container on a bare kernel does not
 # have.

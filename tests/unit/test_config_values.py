@@ -83,7 +83,7 @@ def test_bad_value_is_told_as_a_short_fact(tmp_path: Path, line: str, key: str, 
 
 
 def test_option_of_a_later_version_is_said_to_be_that(tmp_path: Path) -> None:
-    configuration = load(tmp_path, {"etc/vmsilo.toml": GLOBAL, "etc/vms.d/a.toml": "sharedHome = true"})
+    configuration = load(tmp_path, {"etc/vmsilo.toml": GLOBAL, "etc/vms.d/a.toml": "guestPrograms = []"})
     assert configuration.problems[0].hint == "this version of vmsilo has no such option"
 
 

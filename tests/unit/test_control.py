@@ -103,6 +103,11 @@ class Nobody:
     async def forward(self, peer: Peer, *, listening: bool) -> tuple[dict[str, Any], list[int]]:
         raise AssertionError
 
+    async def share(
+        self, peer: Peer, fds: list[int], *, listening: bool
+    ) -> tuple[dict[str, Any], list[int]]:
+        raise AssertionError
+
 
 def test_a_flood_of_strangers_leaves_the_loop_its_turns(tmp_path: Path) -> None:
     """Strangers connect without end from another process; a timer of the loop still gets its turns."""

@@ -20,6 +20,7 @@ PACKAGES = {
     "vmsilo_console": {"vmsilo_wire", "vmsilo_relay"},
     "vmsilo_forward": {"vmsilo_wire", "vmsilo_relay"},
     "vmsilo_launch": set[str](),
+    "vmsilo_share": {"vmsilo_launch"},
     "vmsilo_image": set[str](),
     "vmsilod": {"vmsilo_wire", "vmsilo_image"},
 }
@@ -42,7 +43,7 @@ LAYERS = (
         "vmsilod.endings",
     },
     {"vmsilod.usb", "vmsilod.hotplug"},
-    {"vmsilod.holders", "vmsilod.forwards"},
+    {"vmsilod.holders", "vmsilod.forwards", "vmsilod.shares"},
     {"vmsilod.runs"},
     {"vmsilod.lifecycle"},
     {"vmsilod.disposables"},
@@ -57,6 +58,7 @@ STDLIB_ONLY = (
     "vmsilo_console",
     "vmsilo_forward",
     "vmsilo_launch",
+    "vmsilo_share",
 )
 LATE = {"vmsilo": {"jeepney"}}  # imported where D-Bus is needed, not at start
 

@@ -46,6 +46,7 @@ class VmView:
     unit: str = ""
     disposable: bool = False
     template: str = ""
+    shares: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,7 @@ _PROPERTIES: dict[str, tuple[str, str]] = {
     "LastOutcome": ("s", "last_outcome"),
     "AutoStart": ("b", "auto_start"),
     "DependsOn": ("as", "depends_on"),
+    "Shares": ("as", "shares"),
     "Unit": ("s", "unit"),
     "Disposable": ("b", "disposable"),
     "Template": ("s", "template"),

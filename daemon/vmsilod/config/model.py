@@ -34,6 +34,7 @@ from vmsilod.config.schema import (
     VmName,
     VmNames,
 )
+from vmsilod.config.shares import SharedDirectories, SharedHome
 from vmsilod.config.table import Table
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ class VmConfig(Table):
     restart: RestartPolicy = RestartPolicy()
     pci_devices: PciDevices = ()
     network: NetworkOptions = NetworkOptions()
+    shared_home: SharedHome = False
+    shared_directories: SharedDirectories = ()
     start_timeout: Seconds
     stop_timeout: Seconds
     sources: Annotated[tuple[str, ...], Field(strict=False)] = ()
@@ -110,10 +113,11 @@ class VmConfig(Table):
 
 def resolve_vm(settings: GlobalConfig, vm: VmFile, sources: Sequence[str]) -> VmConfig:
     tables = {"crosvm", "qemu", "cloud_hypervisor", "root_disk", "vhost_user", "usb_devices", "network"}
+    tables |= {"shared_directories"}
     own = vm.model_dump(exclude=tables, exclude_none=True)
     inherited = {
         key: getattr(settings, key)
-        for key in ("user", "image", "vmm", "start_timeout", "stop_timeout")
+        for key in ("user", "image", "vmm", "shared_home", "start_timeout", "stop_timeout")
         if key not in own
     }
     crosvm = CrosvmOptions(
@@ -140,5 +144,6 @@ def resolve_vm(settings: GlobalConfig, vm: VmFile, sources: Sequence[str]) -> Vm
         root_disk=vm.root_disk,
         usb_devices=vm.usb_devices,
         network=vm.network,
+        shared_directories=vm.shared_directories,
         sources=tuple(sources),
     )

@@ -28,8 +28,6 @@ NOT_YET = frozenset(
         "guest_config",
         "guest_programs",
         "root_overlay",
-        "shared_directories",
-        "shared_home",
         "sound",
         "vhost_user",
         "vm_switch",

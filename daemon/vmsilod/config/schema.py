@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from vmsilod.config.color import parse_color
 from vmsilod.config.disposables import DisposableOptions
 from vmsilod.config.network import HostNetworkingOptions, NetworkOptions
+from vmsilod.config.shares import SharedDirectories, SharedHome, SharedHomeDefault
 from vmsilod.config.table import Table
 from vmsilod.pci.address import parse_address
 
@@ -304,6 +305,7 @@ class GlobalConfig(Table):
     isolated_pci_devices: PciAddresses = ()
     host_networking: HostNetworkingOptions = HostNetworkingOptions()
     disposables: DisposableOptions = DisposableOptions()
+    shared_home: SharedHomeDefault = True
     start_timeout: Seconds = 180
     stop_timeout: Seconds = 30
 
@@ -336,5 +338,7 @@ class VmFile(Table):
     restart: Annotated[RestartPolicy | None, BeforeValidator(_expand_restart)] = None
     pci_devices: PciDevices = ()
     network: NetworkOptions = NetworkOptions()
+    shared_home: SharedHome | None = None
+    shared_directories: SharedDirectories = ()
     start_timeout: Seconds | None = None
     stop_timeout: Seconds | None = None

@@ -23,7 +23,8 @@ STATE_DIR = Path("/run/vmsilo/state")
 @dataclass(frozen=True)
 class Record:
     """One VM's lease: `invocation` is systemd's INVOCATION_ID of the unit run that holds it; `config` is
-    the JSON of the configuration that it was started with, `login` the guest's user. `ran`: the VMM has got
+    the JSON of the configuration that it was started with, `login` and
+    `guest_uid` the guest's user. `ran`: the VMM has got
     as far as running the guest; `stopping`: somebody asked for the end.
     """
 
@@ -37,6 +38,7 @@ class Record:
     config: str = ""
     launched: bool = False
     login: str = "user"
+    guest_uid: int = 1000
     ran: bool = False
     stopping: bool = False
 

@@ -85,3 +85,27 @@ MemoryDenyWriteExecute=yes
 {_NO_NAMESPACES}SystemCallFilter=@system-service
 SystemCallFilter=~@privileged @resources
 """
+
+SHARE = f"""\
+{_EVERY}PrivateDevices=yes
+DevicePolicy=closed
+MemoryDenyWriteExecute=yes
+# The processes of the user whose files it serves are not its own: it sees none of them. (systemd 257; an
+# older one says that it does not know the line.)
+PrivatePIDs=yes
+{_NO_NAMESPACES}# virtiofsd filters its system calls itself, more closely; this holds what it is before it
+# does so. unshare: each of its threads has a working directory of its own; new namespaces are refused above.
+SystemCallFilter=@system-service unshare
+SystemCallFilter=~@privileged @resources
+SystemCallFilter=@chown
+"""
+
+HOME_MAKER = f"""
+{_EVERY}# It may be below /home.
+ProtectHome=no
+PrivateDevices=yes
+DevicePolicy=closed
+MemoryDenyWriteExecute=yes
+{_NO_NAMESPACES}SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+"""

@@ -21,6 +21,7 @@ from vmsilod.units.hardening import (
     VMM_SANDBOXED_BY_ITSELF,
     VMM_SANDBOXED_BY_SYSTEMD,
 )
+from vmsilod.units.shares import render_shares
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -95,6 +96,7 @@ def render_units(vm: VmConfig, context: UnitContext) -> RenderedUnits:
             files[vsock_unit(parent)] = _render_vsock(vm, context, parent)
     parents = (vm_unit(vm.name), debug_unit(vm.name))
     files |= render_forwards(_render_header(vm), vm, parents, context.paths.libdir)
+    files |= render_shares(_render_header(vm), vm, parents, context)
     links = {}
     if vm.auto_start:
         links[f"{VMS_TARGET}.wants/{vm_unit(vm.name)}"] = f"../{vm_unit(vm.name)}"

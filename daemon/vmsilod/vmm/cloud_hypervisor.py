@@ -15,6 +15,7 @@ from vmsilod.vmm.kernel_params import plan_kernel_params
 from vmsilod.vmm.launch import ENVIRONMENT, BuiltinVsock, Console, Launch, PassedFds
 from vmsilod.vmm.net import plan_cloud_hypervisor as plan_net
 from vmsilod.vmm.outcome import Outcome, OutcomeKind, explain_signal
+from vmsilod.vmm.shares import plan_cloud_hypervisor as plan_shares
 from vmsilod.vmm.vhost_user import plan_cloud_hypervisor as plan_vhost_user
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def plan_launch(vm: VmShape, leases: Leases, *, console: Console, binary: str) -
     argv += _disk_args(leases.root, fds)
     argv += plan_net(leases, fds)
     argv += plan_vhost_user(vm, leases, fds)
+    argv += plan_shares(leases, fds)
     argv += ["--kernel", fds.path(leases.kernel_fd)]
     if leases.initrd_fd is not None:
         argv += ["--initramfs", fds.path(leases.initrd_fd)]

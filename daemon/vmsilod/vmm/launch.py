@@ -163,6 +163,15 @@ class NetDevice:
 
 
 @dataclass(frozen=True)
+class ShareDevice:
+    """A shared directory: the guest's name for it, and the way to its virtiofsd."""
+
+    tag: str
+    fd: int
+    """As one of vhost_user_fds."""
+
+
+@dataclass(frozen=True)
 class Leases:
     """What the VM holds while it runs. The guest's secret is not here: it is inside the initrd's memfd.
 
@@ -191,6 +200,7 @@ class Leases:
     connects itself, O_PATH of the socket."""
     nets: tuple[NetDevice, ...] = ()
     """In the order of the configuration."""
+    shares: tuple[ShareDevice, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from vmsilod.vmm.net import plan_qemu as plan_net
 from vmsilod.vmm.outcome import Outcome, OutcomeKind, explain_signal
 from vmsilod.vmm.qmp import HOTPLUG_ID
 from vmsilod.vmm.qmp_usb import USB_ID
+from vmsilod.vmm.shares import plan_qemu as plan_shares
 from vmsilod.vmm.vhost_user import plan_qemu as plan_vhost_user
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def plan_launch(vm: VmShape, leases: Leases, *, console: Console, binary: str) -
     argv += _hotplug_args(vm)
     argv += plan_net(leases, fds, machine)
     argv += plan_vhost_user(vm, leases, fds)
+    argv += plan_shares(leases, fds, bus)
     argv += _pci_args(vm)
     if vm.usb:
         # For devices of the host, by QMP; eight ports of either speed.

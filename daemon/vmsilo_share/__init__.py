@@ -1,0 +1,1 @@
+"""What the units of shared directories run before they become virtiofsd. Standard library only."""

@@ -175,7 +175,7 @@ class Runs:
                 cid=acquired.cid,
                 launched=True,
                 login=acquired.files.login,
-                guest_uid=acquired.files.uid,
+                guest_uid=config.guest_id or acquired.files.uid,
             )
             await loop.in_worker(records.save_record, vm.record)
         except BaseException:

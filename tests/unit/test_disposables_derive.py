@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import pytest
 from vmsilod.config.disposables import DisposableOptions
 from vmsilod.config.load import Checks, load_configuration
-from vmsilod.disposables.derive import derive
+from vmsilod.config.shares import SharedDirectory
+from vmsilod.disposables.derive import Wish, derive
 from vmsilod.disposables.find import BUILT_IN, Templates, find_template
 from vmsilod.disposables.subnets import Subnets
 from vmsilod.errors import BadRequest, Busy, ConfigBroken, NoSuchVm
 from vmsilod.network.planning import plan_network
+from vmsilod.shapes import shape_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,7 +50,7 @@ def template_of(root: Path, text: str) -> VmConfig:
 
 
 def derive_from(template: VmConfig, *, network: bool = True) -> Derived:
-    return derive(template, "work-d000001", Subnets(DisposableOptions(), []), network=network)
+    return derive(template, Wish("work-d000001", network), Subnets(DisposableOptions(), []))
 
 
 def test_it_is_the_same_machine_under_another_name(tmp_path: Path) -> None:
@@ -143,6 +145,20 @@ def test_without_network_it_has_none(tmp_path: Path) -> None:
     derived = derive_from(template_of(tmp_path, ROUTED), network=False)
     assert not derived.config.network.interfaces
     assert derived.notes == ()
+
+
+def test_homes_and_shares_stay_with_the_template(tmp_path: Path) -> None:
+    text = 'shared_home = true\nshared_directories = [{ path = "/srv/work", tag = "work" }]\n'
+    template = template_of(tmp_path, text)
+    derived = derive_from(template)
+    assert (derived.config.shared_home, derived.config.shared_directories) == (False, ())
+    assert "shared directories" in derived.notes[0]
+    here = SharedDirectory.model_validate({"path": "/home/me/x", "mount": "/home/me/x", "tag": "here"})
+    wish = Wish("work-d000001", network=False, here=here, owner=1234)
+    config = derive(template, wish, Subnets(DisposableOptions(), [])).config
+    assert config.shared_directories == (here,)
+    assert "vmsilo.ids=1234:1234" in shape_of(config).kernel_params
+    assert shape_of(template).kernel_params == ()
 
 
 def test_a_template_that_writes_to_its_own_disk_is_refused(tmp_path: Path) -> None:

@@ -42,6 +42,13 @@ def test_the_user_gets_the_ids_that_the_host_says(tmp_path: Path) -> None:
 
 
 @needs_busybox
+def test_nothing_is_touched_where_the_image_has_them(tmp_path: Path) -> None:
+    assert renumber(tmp_path, "1000:1000") == 0
+    assert sorted(path.name for path in (tmp_path / "etc").iterdir()) == ["group", "passwd", "vmsilo"]
+    assert (tmp_path / "etc/passwd").read_text() == PASSWD
+
+
+@needs_busybox
 @pytest.mark.skipif(os.geteuid() != 0, reason="chown")
 def test_a_group_that_has_the_number_already_keeps_it(tmp_path: Path) -> None:
     assert renumber(tmp_path, "1234:100") == 0

@@ -48,6 +48,7 @@ class VmConfig(Table):
     """Everything that the files say about one VM; `vmm` may still be "auto", `sources` are those files.
 
     `template`: no file says this one; it is a disposable that was made of the VM of that name.
+    `guest_id`: the uid and gid of its guest's user, None for those of the image; no file says that either.
     """
 
     name: VmName
@@ -73,6 +74,7 @@ class VmConfig(Table):
     auto_start: bool = False
     disposable: bool = False
     template: VmName | None = None
+    guest_id: int | None = None
     depends_on: VmNames = ()
     restart: RestartPolicy = RestartPolicy()
     pci_devices: PciDevices = ()

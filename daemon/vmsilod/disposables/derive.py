@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ipaddress import IPv4Address, IPv6Address
 
     from vmsilod.config.model import VmConfig
+    from vmsilod.config.shares import SharedDirectory
     from vmsilod.disposables.subnets import Subnets
 
 
@@ -30,8 +31,21 @@ class Derived:
     notes: tuple[str, ...] = ()
 
 
-def derive(template: VmConfig, name: str, subnets: Subnets, *, network: bool = True) -> Derived:
-    """`network` False: without any interface. BadRequest where there can be no second VM of the template."""
+@dataclass(frozen=True)
+class Wish:
+    """`network` False: without any interface. `here`: a directory, of which the uid `owner` is to look the
+    same inside as outside.
+    """
+
+    name: str
+    network: bool = True
+    here: SharedDirectory | None = None
+    owner: int = 0
+
+
+def derive(template: VmConfig, wish: Wish, subnets: Subnets) -> Derived:
+    """BadRequest where there can be no second VM of the template."""
+    here, owner = wish.here, wish.owner
     if template.root_disk is not None and not template.root_disk_readonly:
         raise BadRequest(
             f"'{template.name}' writes to its own root disk, so there can be no disposable of it",
@@ -42,20 +56,24 @@ def derive(template: VmConfig, name: str, subnets: Subnets, *, network: bool = T
         ("pci_devices", "its PCI devices"),
         ("usb_devices", "its USB devices"),
         ("vhost_user", "its vhost-user devices"),
+        ("shared_directories", "its shared directories"),
     ):
         if getattr(template, key):
-            notes.append(f"without {what}, which only '{template.name}' itself can have")
+            notes.append(f"without {what}, which only '{template.name}' itself has")
     changes = {
-        "name": name,
+        "name": wish.name,
         "template": template.name,
         "disposable": True,
-        "network": derive_network(template, subnets, notes) if network else NetworkOptions(),
+        "network": derive_network(template, subnets, notes) if wish.network else NetworkOptions(),
         "auto_start": False,
         "restart": RestartPolicy(),
         "pci_devices": (),
         "usb": False,
         "usb_devices": (),
         "vhost_user": (),
+        "shared_home": False,
+        "shared_directories": () if here is None else (here,),
+        "guest_id": None if here is None else owner,
         # Three keys of its own take longer to make than the rest of it, and nobody logs in twice.
         "ssh": False,
     }

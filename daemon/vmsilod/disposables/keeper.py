@@ -20,8 +20,9 @@ from vmsilod.bus.views import VmView
 from vmsilod.config.model import VmConfig
 from vmsilod.config.schema import check_vm_name
 from vmsilod.disposables import records
-from vmsilod.disposables.derive import derive
+from vmsilod.disposables.derive import Wish, derive
 from vmsilod.disposables.find import Templates, find_taken, find_template
+from vmsilod.disposables.places import accept_directory
 from vmsilod.disposables.records import DisposableRecord
 from vmsilod.disposables.subnets import Subnets
 from vmsilod.errors import BadRequest, Busy, Denied, Timeout, VmsiloError
@@ -146,12 +147,15 @@ class Disposables:
         owner = find_uid(template.user)
         if request.uid not in (0, owner):
             raise Denied(f"disposables belong to the user '{template.user}'")
+        here = None
+        if request.shared is not None:
+            here = await loop.in_worker(accept_directory, request.shared, owner)
         self._refuse_too_many(owner)
         name = self._name(request.name, template.name)
         # Of those that are made just now the network does not know yet.
         others = (disposable.config for disposable in self._all.values())
         subnets = Subnets(self._templates.options, find_taken(self._network, others))
-        derived = derive(template, name, subnets, network=request.network)
+        derived = derive(template, Wish(name, request.network, here, owner), subnets)
         record = DisposableRecord(name, derived.config.to_json(), owner, (request.sender,))
         disposable = Disposable(record, derived.config)
         self._all[name] = disposable  # from here on, in this same turn, the name and the networks are taken

@@ -1,6 +1,6 @@
 """`make bench`: prints the tables of all sections; as root, within twelve minutes, leaving nothing behind.
 
-With arguments, only these sections: warm, cold, throughput, memory, rules, taps, bloat.
+With arguments, only these sections: warm, cold, throughput, memory, rules, taps, bloat, disposables.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from hosts import layers
 from hosts.container import Container
 
-from bench import bloat, cold, footprint, net_rules, taps, throughput, warm
+from bench import bloat, cold, disposables, footprint, net_rules, taps, throughput, warm
 from bench.ground import VM, VM_CONFIG, Ground
 from bench.machine import describe_load, describe_machine
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
 MOST_SECONDS = 12 * 60
-SECTIONS = ("warm", "cold", "throughput", "memory", "rules", "taps", "bloat")
+SECTIONS = ("warm", "cold", "throughput", "memory", "rules", "taps", "bloat", "disposables")
 
 
 def measure(ground: Ground, sections: tuple[str, ...]) -> list[str]:
@@ -33,6 +33,7 @@ def measure(ground: Ground, sections: tuple[str, ...]) -> list[str]:
         ("memory", lambda: footprint.measure_first(ground, footprints)),
         ("warm", lambda: warm.measure(ground)),
         ("cold", lambda: cold.measure(ground)),
+        ("disposables", lambda: disposables.measure(ground)),
         ("throughput", lambda: throughput.measure(ground)),
         ("memory", lambda: footprint.measure_last(ground, footprints)),
         ("rules", net_rules.measure),

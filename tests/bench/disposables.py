@@ -1,7 +1,7 @@
 """Section 8: a disposable from the command to its first byte, and from the command's end to the prompt,
 beside a cold start of its template; and what making one costs before its VMM starts.
 
-In turn, so that both see the same machine. It is the same boot; what is looked for is what a disposable adds.
+In turn, so that both see the same machine. The boot is the same; what is looked for is what is added to it.
 """
 
 from __future__ import annotations

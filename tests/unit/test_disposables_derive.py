@@ -216,3 +216,18 @@ def test_options_that_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "vmsilo.toml").write_text(f'user = "david"\n{text}\n')
     (problem,) = load_configuration([tmp_path], BARE).problems
     assert problem.key.startswith("disposables")
+
+
+def test_a_vm_whose_every_start_is_fresh_has_no_home_of_its_own(tmp_path: Path) -> None:
+    configuration = load(tmp_path, "shared_home = true\n", fresh="disposable = true\n", other="")
+    assert configuration.vms["fresh"].shared_home is False
+    assert configuration.vms["other"].shared_home is True
+    (tmp_path / "vms.d" / "fresh.toml").write_text("disposable = true\nshared_home = true\n")
+    (problem,) = load_configuration([tmp_path], BARE).problems
+    assert (problem.vm, problem.key) == ("fresh", "shared_home")
+
+
+def test_a_missing_default_template_is_a_warning(tmp_path: Path) -> None:
+    (warning,) = load(tmp_path, 'disposables.template = "gone"\n', other="").warnings
+    assert (warning.key, warning.vm) == ("disposables.template", None)
+    assert "gone" in warning.fact

@@ -117,6 +117,8 @@ def resolve_vm(settings: GlobalConfig, vm: VmFile, sources: Sequence[str]) -> Vm
     tables = {"crosvm", "qemu", "cloud_hypervisor", "root_disk", "vhost_user", "usb_devices", "network"}
     tables |= {"shared_directories"}
     own = vm.model_dump(exclude=tables, exclude_none=True)
+    if vm.disposable:
+        own["shared_home"] = False
     inherited = {
         key: getattr(settings, key)
         for key in ("user", "image", "vmm", "shared_home", "start_timeout", "stop_timeout")

@@ -145,6 +145,8 @@ def _row(vm: "dict[str, Any]") -> tuple[str, ...]:
 
 def _note(vm: "dict[str, Any]") -> str:
     notes = []
+    if vm.get("Template"):
+        notes.append(f"disposable of {printable(vm['Template'], 40)}")
     if vm.get("RestartNeeded"):
         notes.append("restart needed")
     problems = vm.get("Problems") or []

@@ -29,12 +29,23 @@ PROGRAM = "vm-run"
 WAIT_DEFAULT = 180  # seconds for a VM that has to start first
 WAIT_MOST = 3600
 POLKIT_WAIT = 120  # seconds for a person to type a password
+DISPOSABLE_FLAGS = ("--disposable", "--here", "--ro", "--network", "--allow-home")
 LOCALE_OTHER = ("LANG", "LANGUAGE")
 
 USAGE = """\
 Usage: vm-run [OPTION]... NAME [--] COMMAND [ARGUMENT]...
-Runs COMMAND in the VM NAME, which is started if it does not run.
+       vm-run [OPTION]... --disposable TEMPLATE [--] COMMAND [ARGUMENT]...
+       vm-run [OPTION]... --here [--] COMMAND [ARGUMENT]...
+Runs COMMAND in the VM NAME, which is started if it does not run; or in a new VM that is made of the
+VM TEMPLATE and ends with the command, nothing of which remains.
 
+  --disposable       in a disposable of the VM that is named
+  --name NAME        of the disposable; further commands with the same name join it
+  --here             in a disposable that has the working directory, and no network
+  --ro               with --here: the command cannot change the directory
+  --network          with --here: with the network of its template
+  --template NAME    with --here: not of the default template but of this VM
+  --allow-home       with --here: even if that is all of your home directory
   --root             as root of the guest (asks polkit)
   --detach           do not wait for the command's end
   --no-start         fail if the VM does not run
@@ -55,11 +66,13 @@ class Request:
     __slots__ = ("argv", "cwd", "detach", "env", "escapes", "name", "no_start", "root", "wait")
 
     def __init__(self, options: dict[str, list[str]], rest: list[str]) -> None:
+        if "--here" in options:
+            rest.insert(0, options.get("--template", [""])[-1])
         if rest[1:2] == ["--"]:
             del rest[1]
         if not rest:
             raise UsageError("no VM named")
-        self.name = check_name(rest[0])
+        self.name = check_name(rest[0]) if rest[0] or "--here" not in options else ""
         if len(rest) < 2 or not rest[1]:
             raise UsageError("no command given")
         self.argv = tuple(_wire_text(a) for a in rest[1:])
@@ -77,8 +90,8 @@ class Request:
 def main(argv: list[str], place: Place) -> int:
     options, rest = parse_options(
         argv,
-        ("--root", "--detach", "--no-start", "--help", "-h"),
-        ("--cwd", "--env", "--escapes", "--timeout"),
+        ("--root", "--detach", "--no-start", "--help", "-h", *DISPOSABLE_FLAGS),
+        ("--cwd", "--env", "--escapes", "--timeout", "--name", "--template"),
         interleaved=False,
     )
     if "--help" in options or "-h" in options:
@@ -90,6 +103,11 @@ def main(argv: list[str], place: Place) -> int:
     if pty is not None:
         # What the filter would remove is not asked for: programs then print plain lines.
         env.setdefault("TERM", os.environ.get("TERM", "dumb") if request.escapes else "dumb")
+    holder = None
+    if options.keys() & {*DISPOSABLE_FLAGS, "--name", "--template"}:
+        from vmsilo.disposable import create
+
+        holder = create(request, options, place)
     wish = Wish(pty=pty is not None, detach=request.detach, escapes=request.escapes)
     try:
         return _run(request, env, pty, place, wish)
@@ -97,6 +115,9 @@ def main(argv: list[str], place: Place) -> int:
         from vmsilo.diagnose import explain_loss
 
         raise explain_loss(request.name, place, lost) from lost
+    finally:
+        if holder is not None:
+            holder.close()
 
 
 def _run(

@@ -45,7 +45,7 @@ WANTED_IF_THERE = ("pvpanic_mmio", "pvpanic_pci", *PMEM)
 # Loaded by init only where the host names an interface.
 NETWORK = ("virtio_net",)
 APPLETS = (
-    *("cat", "cp", "cttyhack", "insmod", "ip", "ln", "mkdir", "mount", "mv", "poweroff", "rm"),
+    *("cat", "chown", "cp", "cttyhack", "insmod", "ip", "ln", "mkdir", "mount", "mv", "poweroff", "rm"),
     *("setsid", "sh", "switch_root", "usleep"),
 )
 DIRECTORIES = ("bin", "dev", "modules", "new", "proc", "root", "rw", "sys")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from vmsilod.bus.requests import RunRequest, SshRequest
-    from vmsilod.bus.views import Change, NetworkView, VmView
+    from vmsilod.bus.views import Change, DisposableDomain, NetworkView, VmView
     from vmsilod.holders import Holders
     from vmsilod.pci.ledger import PciView
     from vmsilod.publication import Publication
@@ -61,11 +61,21 @@ class Lifecycle:
         self._systemd = systemd
         self._runs = runs
         self._publication = publication
+        self._disposables: DisposableDomain | None = None
         self._subscribers: list[Callable[[Change], None]] = []
         self._refreshing: set[str] = set()
         self._stale: set[str] = set()
 
     # What the bus asks
+
+    @property
+    def disposables(self) -> DisposableDomain:
+        if self._disposables is None:
+            raise Busy("vmsilod is still starting", "try again")
+        return self._disposables
+
+    def use_disposables(self, disposables: DisposableDomain) -> None:
+        self._disposables = disposables
 
     def subscribe(self, callback: Callable[[Change], None]) -> Callable[[], None]:
         self._subscribers.append(callback)
@@ -287,11 +297,15 @@ class Lifecycle:
         """
         if problems is not None:
             self._tell(Reloaded(len(list(self._registry)), problems))
+        self.drop_gone()
+        for vm in self._registry:
+            self.changed(vm)
+
+    def drop_gone(self) -> None:
+        """VMs that are neither configured nor running are no VMs any more."""
         for name in self._registry.drop_gone():
             loop.spawn(self._endings.forget(name))
             self._tell(VmRemoved(name))
-        for vm in self._registry:
-            self.changed(vm)
 
     async def _refresh(self, vm: Vm) -> None:
         """Take over what systemd says now; when a run has ended, explain it and give back its leases."""
@@ -320,7 +334,7 @@ class Lifecycle:
             if debug:
                 await self._restore_socket(vm)
         self.changed(vm)
-        if was_up and not vm.is_up:
+        if was_up and not vm.is_up and not vm.is_instance:  # an instance goes, or its keeper says why not
             await self._publication.publish_stopped(vm)
             self.configuration_applied()
 

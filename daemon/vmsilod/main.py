@@ -23,6 +23,8 @@ from vmsilod.bus.polkit import Polkit
 from vmsilod.config.load import DEFAULT_ROOTS
 from vmsilod.consoles import Consoles
 from vmsilod.control import ControlServer
+from vmsilod.disposables.keeper import Disposables
+from vmsilod.disposables.leashes import Leashes
 from vmsilod.endings import Endings
 from vmsilod.errors import VmsiloError
 from vmsilod.holders import Holders
@@ -72,6 +74,10 @@ class Daemon:
         holders = Holders(self._consoles, self._endings, self._pci, self._usb, self._network, huge)
         self._runs = Runs(self._registry, self._systemd, holders, lambda vm: self._lifecycle.changed(vm))
         self._lifecycle = Lifecycle(self._registry, self._systemd, holders, self._runs, self._publication)
+        self._disposables = Disposables(
+            self._registry, self._lifecycle, self._publication, self._network, Leashes(self._con)
+        )
+        self._publication.amend = self._disposables.amend
         self._publication.on_applied = self._take_over
         self._control_socket = control
 
@@ -79,6 +85,7 @@ class Daemon:
         """Repair first, then take over the configuration, then let others in."""
         await self._systemd.subscribe()
         await self._endings.load()
+        await self._disposables.load()
         await self._runs.repair()
         await self._lifecycle.refresh_all()
         self._image_watch = ImageWatch(
@@ -93,12 +100,15 @@ class Daemon:
         self._relay.open()
         self._consoles.connect()
         self._lifecycle.subscribe(self._consoles.vm_changed)
+        self._lifecycle.subscribe(self._disposables.vm_changed)
+        self._lifecycle.use_disposables(self._disposables)
         self._control = ControlServer(self._control_socket, self._runs)
         self._service = service.serve(
             self._con, self._lifecycle, Polkit(self._con), version=VERSION, on_closed=self._lost_bus
         )
         self._watch = ConfigurationWatch(DEFAULT_ROOTS, lambda: _start(self._publication.reload()))
         await self._endings.resume()
+        self._disposables.resume()
         notify("READY=1")
         _start(self._usb.repair())  # it asks the VMMs, and one that hangs must not keep the others waiting
         self._lifecycle.subscribe(self._usb.vm_changed)

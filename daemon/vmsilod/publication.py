@@ -58,14 +58,15 @@ class Publication:
         self._systemd = systemd
         self._lock = Lock()
         self.on_applied: Callable[[int], None] = lambda _problems: None
+        self.amend: Callable[[Configuration], Configuration] = lambda configuration: configuration
         self._shown: dict[str, str] = {}
         self._published = False
 
     async def reload(self) -> list[Problem]:
         """Read everything again and take it over; returns what is wrong with it."""
         async with self._lock:
-            configuration = await loop.in_worker(load_configuration)
             host = await loop.in_worker(probe_host)
+            configuration = self.amend(await loop.in_worker(load_configuration))
             self._registry.apply(configuration)
             # At once: whoever starts now waits for it. TAPs are there before a unit can want them.
             await self._network.apply(
@@ -94,6 +95,33 @@ class Publication:
         """A VM has stopped: its units may follow its configuration now."""
         async with self._lock:
             await self._publish(None, only=vm.name)
+
+    async def add(self, vm: Vm) -> None:
+        """One VM more, whose units nothing refers to: that takes no reload, and no look at others."""
+        assert vm.config is not None
+        async with self._lock:
+            host = await loop.in_worker(probe_host)
+            context = context_for(vm.config, host)
+            vm.vmm = context.vmm
+            await self._network.add(vm.name, with_vmm(vm.config, host))
+            await loop.in_worker(unit_files.add_units, render_units(vm.config, context))
+            await self._publish_socket(vm.name, changed=False)
+
+    async def close(self, vm: Vm) -> None:
+        """Nobody is to start it any more."""
+        async with self._lock:
+            await self._systemd.stop(vm.socket)
+
+    async def remove(self, vm: Vm) -> None:
+        """What `add` has made of it; its run has ended."""
+        async with self._lock:
+            await self._systemd.stop(vm.socket)
+            await loop.in_worker(unit_files.remove_units, vm.name)
+            for unit in (vm.service, vm.debug_service):
+                await self._systemd.reset_failed(unit)
+                self._systemd.unfollow(unit)
+            await self._network.remove(vm.name)
+            self._shown.pop(vm.name, None)
 
     async def start_autostart_vms(self) -> None:
         """Once per boot, after the first publication."""

@@ -77,6 +77,11 @@ class Vm:
         return self.unit.is_up
 
     @property
+    def is_instance(self) -> bool:
+        """Made of a template; no file says it."""
+        return self.config is not None and self.config.template is not None
+
+    @property
     def state(self) -> str:
         """stopped, starting (VMM or guest on its way), running (guest ready), stopping, failed, broken
         (configuration).

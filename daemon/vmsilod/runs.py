@@ -179,7 +179,7 @@ class Runs:
                 launched=True,
                 login=acquired.files.login,
                 version=acquired.files.version,
-                guest_uid=acquired.files.uid,
+                guest_uid=config.guest_id or acquired.files.uid,
             )
             await loop.in_worker(records.save_record, vm.record)
         except BaseException:

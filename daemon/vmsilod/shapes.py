@@ -39,7 +39,7 @@ def shape_of(config: VmConfig, ports: Sequence[Port] = ()) -> launch.VmShape:
         name=config.name,
         memory_mib=config.memory,
         cpus=config.cpus,
-        kernel_params=tuple(config.kernel_params),
+        kernel_params=(*config.kernel_params, *_ids_of(config)),
         needs_pci=config.memory_max is not None or bool(vhost_user) or bool(config.pci_devices),
         pci=tuple(launch.PciFunction(device.path, device.iommu) for device in config.pci_devices),
         usb=config.wants_usb,
@@ -54,6 +54,10 @@ def shape_of(config: VmConfig, ports: Sequence[Port] = ()) -> launch.VmShape:
             config.cloud_hypervisor.log_level, tuple(config.cloud_hypervisor.extra_args)
         ),
     )
+
+
+def _ids_of(config: VmConfig) -> tuple[str, ...]:
+    return () if config.guest_id is None else (f"vmsilo.ids={config.guest_id}:{config.guest_id}",)
 
 
 def request_of(config: VmConfig, peer: Peer, kind: VmmKind, host: Host) -> Request:

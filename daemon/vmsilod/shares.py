@@ -56,7 +56,7 @@ class Shares:
             return {}
         await loop.in_worker(shares.find_virtiofsd)
         files = await loop.in_worker(image.find_boot_files, request.boot)
-        guest = GuestUser(files.login, files.uid)
+        guest = GuestUser(files.login, config.guest_id or files.uid)
         planned = await loop.in_worker(shares.plan_shares, config, guest)
         for share in planned:
             if share.is_home and not await loop.in_worker(shares.has_home, share):

@@ -109,6 +109,9 @@ class Systemd:
         """Call on_unit(unit) whenever systemd reports a change of this unit."""
         self._paths[unit_path(unit)] = unit
 
+    def unfollow(self, unit: str) -> None:
+        self._paths.pop(unit_path(unit), None)
+
     async def reload(self) -> None:
         await self._call("Reload", None)
 

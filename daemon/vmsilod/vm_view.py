@@ -37,6 +37,8 @@ def view_of(vm: Vm) -> VmView:
         auto_start=shown.auto_start if shown else False,
         depends_on=shown.depends_on if shown else (),
         unit=vm.debug_service if vm.debug else vm.service,
+        disposable=shown.disposable if shown else False,
+        template=(shown.template or "") if shown else "",
         shares=describe_shares(shown, vm.record.login if vm.record is not None else "") if shown else (),
     )
 

@@ -12,6 +12,7 @@ import os
 import resource
 import socket
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gi.repository import GLib
@@ -26,7 +27,7 @@ from vmsilod.pci.ledger import PciView
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from vmsilod.bus.requests import RunRequest, SshRequest
+    from vmsilod.bus.requests import DisposableRequest, RunRequest, SshRequest
 
 FAILURES: dict[str, tuple[type[BaseException], *tuple[Any, ...]]] = {
     "busy": (Busy, "busy is being stopped", "try again"),
@@ -65,8 +66,16 @@ class UsbInMemory:
             raise Busy(f"{self.holder} has it")
 
 
+class DisposablesInMemory:
+    async def create(self, request: DisposableRequest) -> tuple[str, Sequence[str]]:
+        """The notes tell what was asked for."""
+        shared = str(Path(f"/proc/self/fd/{request.shared.fd}").readlink()) if request.shared else ""
+        return f"{request.template or 'default'}-d000001", [request.name, str(request.network), shared]
+
+
 class VmsInMemory:
     def __init__(self) -> None:
+        self.disposables = DisposablesInMemory()
         self.usb = UsbInMemory(self)
         self.views = {name: VmView(name, "stopped", memory=512, color="red") for name in ORDINARY}
         self.views |= {name: VmView(name, "stopped", status="a\x1b[31m\udc80b") for name in FAILURES}

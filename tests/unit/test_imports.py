@@ -53,6 +53,7 @@ LAYERS = (
     {"vmsilod.holders", "vmsilod.forwards", "vmsilod.shares"},
     {"vmsilod.runs"},
     {"vmsilod.lifecycle"},
+    {"vmsilod.disposables"},
     {"vmsilod.main"},
 )
 

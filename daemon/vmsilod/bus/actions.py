@@ -26,10 +26,17 @@ RUN_AS_ROOT = "org.vmsilo1.run-as-root"
 DEBUG = "org.vmsilo1.debug"
 RELOAD = "org.vmsilo1.reload"
 MANAGE_DEVICES = "org.vmsilo1.manage-devices"
-ACTIONS = (VIEW, START, STOP, KILL, RUN, RUN_AS_ROOT, DEBUG, RELOAD, MANAGE_DEVICES)
+CREATE_DISPOSABLE = "org.vmsilo1.create-disposable"
+SHARE_DIRECTORY = "org.vmsilo1.share-directory"
+ACTIONS = (
+    *(VIEW, START, STOP, KILL, RUN, RUN_AS_ROOT, DEBUG, RELOAD, MANAGE_DEVICES),
+    *(CREATE_DISPOSABLE, SHARE_DIRECTORY),
+)
 
 MANAGER_INTERFACE = "org.vmsilo1.Manager"
 VM_INTERFACE = "org.vmsilo1.VM"
+# The detail `vm` of a disposable of the default template.
+DEFAULT_TEMPLATE = "(default)"
 # The detail `command` of a login by ssh, which can run any.
 SSH_COMMAND = "(any, by ssh)"
 
@@ -117,6 +124,18 @@ def _of_interface(message: Message) -> Need:
     return Need((MANAGE_DEVICES,), {"vm": vm, "device": describe_command([interface])})
 
 
+def _of_disposable(message: Message) -> Need:
+    template, *_, options = message.arguments
+    details = {"vm": check_name(template) if template else DEFAULT_TEMPLATE}
+    if message.method == "CreateDisposable":
+        return Need((CREATE_DISPOSABLE,), details)
+    path, ro = options.get("path", ""), options.get("ro", False)
+    if type(path) is not str or type(ro) is not bool:
+        raise BadRequest("option 'path' is not of type str, or 'ro' not of type bool")
+    details |= {"directory": describe_command([path]), "access": "read" if ro else "write"}
+    return Need((CREATE_DISPOSABLE, SHARE_DIRECTORY), details)
+
+
 _TABLE: dict[tuple[str, str], Callable[[Message], Need]] = {
     (PROPERTIES_INTERFACE, "Get"): _of_all(VIEW),
     (PROPERTIES_INTERFACE, "GetAll"): _of_all(VIEW),
@@ -136,6 +155,8 @@ _TABLE: dict[tuple[str, str], Callable[[Message], Need]] = {
     (MANAGER_INTERFACE, "DetachInterface"): _of_interface,
     (MANAGER_INTERFACE, "OpenSsh"): _of_ssh,
     (MANAGER_INTERFACE, "StartDebug"): _of_named(DEBUG),
+    (MANAGER_INTERFACE, "CreateDisposable"): _of_disposable,
+    (MANAGER_INTERFACE, "CreateDisposableHere"): _of_disposable,
     (MANAGER_INTERFACE, "ListPci"): _of_all(VIEW),
     (MANAGER_INTERFACE, "ClaimPci"): _of_device,
     (MANAGER_INTERFACE, "ReleasePci"): _of_device,

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 # Arguments become Python objects before the authorisation, so a stranger's message must not cost much.
 ARGUMENT_BYTES_MAX = 1 << 20
+TAKE_DESCRIPTORS = ("StartDebug", "CreateDisposableHere")
 _PROPERTY_REPLIES = {"Get": ["v"], "GetAll": ["a{sv}"]}
 
 
@@ -121,7 +122,7 @@ class Exported(ObjectWrapper):  # type: ignore[misc]  # pydbus has no types
         loop.spawn(self._serve(Call(invocation), interface, method, parameters))
 
     async def _serve(self, call: Call, interface: str, method: str, parameters: GLib.Variant) -> None:
-        if method != "StartDebug":
+        if method not in TAKE_DESCRIPTORS:
             call.close()  # nothing else takes descriptors, and none are to wait for polkit's answer
         try:
             if parameters.get_size() > ARGUMENT_BYTES_MAX:

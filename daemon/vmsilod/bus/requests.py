@@ -32,6 +32,9 @@ RUN_OPTIONS: dict[str, type] = {
 }
 
 
+DISPOSABLE_OPTIONS: dict[str, type] = {"name": str, "network": bool}
+HERE_OPTIONS: dict[str, type] = {"network": bool, "path": str, "ro": bool, "home": bool}
+
 SSH_OPTIONS: dict[str, type] = {"root": bool, "no-start": bool}
 
 
@@ -43,6 +46,32 @@ class SshRequest:
     uid: int
     root: bool = False
     start: bool = True
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A directory of the caller's as an open descriptor, and where it is to be in the guest; `home`: even if
+    it is all of his home directory.
+    """
+
+    fd: int
+    path: str
+    readonly: bool = False
+    home: bool = False
+
+
+@dataclass(frozen=True)
+class DisposableRequest:
+    """A disposable for the bus connection `sender` of user `uid`. `template` "" is the default one, `name`
+    "" one that is made up; `network` False leaves out all interfaces.
+    """
+
+    template: str
+    uid: int
+    sender: str
+    name: str = ""
+    network: bool = True
+    shared: Shared | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +146,29 @@ def parse_run(name: str, uid: int, argv: Sequence[str], options: Mapping[str, An
 def parse_ssh(name: str, uid: int, options: Mapping[str, Any]) -> SshRequest:
     given = parse_options(options, SSH_OPTIONS)
     return SshRequest(name, uid, root=given.get("root", False), start=not given.get("no-start", False))
+
+
+def parse_disposable(template: str, uid: int, sender: str, options: Mapping[str, Any]) -> DisposableRequest:
+    given = parse_options(options, DISPOSABLE_OPTIONS)
+    return DisposableRequest(
+        template, uid, sender, name=given.get("name", ""), network=given.get("network", True)
+    )
+
+
+def parse_here(
+    template: str, uid: int, sender: str, fd: int, options: Mapping[str, Any]
+) -> DisposableRequest:
+    """`fd` stays the caller's. Without a network unless the options say so."""
+    given = parse_options(options, HERE_OPTIONS)
+    if "path" not in given:
+        raise BadRequest("option 'path' is missing")
+    return DisposableRequest(
+        template,
+        uid,
+        sender,
+        network=given.get("network", False),
+        shared=Shared(fd, given["path"], readonly=given.get("ro", False), home=given.get("home", False)),
+    )
 
 
 def describe_command(argv: Sequence[str]) -> str:

@@ -38,6 +38,10 @@ polkit.addRule(function (action, subject) {
     // Host devices in the user's own VMs; what the host itself uses is refused to anybody.
     case "org.vmsilo1.manage-devices":
         return polkit.Result.YES;
+    // Disposables have no more network than their template, and of directories what the user himself has.
+    case "org.vmsilo1.create-disposable":
+    case "org.vmsilo1.share-directory":
+        return polkit.Result.YES;
     }
     return polkit.Result.NOT_HANDLED;
 });

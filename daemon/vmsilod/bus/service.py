@@ -207,6 +207,24 @@ class RootObject:
         stdin, stdout, stderr = fds
         return await self._domain.start_debug(name, (stdin, stdout, stderr))
 
+    async def CreateDisposable(
+        self, call: Call, template: str, options: dict[str, Any]
+    ) -> tuple[str, list[str]]:
+        request = requests.parse_disposable(template, call.uid, call.sender, options)
+        name, notes = await self._domain.disposables.create(request)
+        return name, [printable(note) for note in notes]
+
+    async def CreateDisposableHere(
+        self, call: Call, template: str, handle: int, options: dict[str, Any]
+    ) -> tuple[str, list[str]]:
+        fd = call.take_fd(handle)
+        try:
+            request = requests.parse_here(template, call.uid, call.sender, fd, options)
+            name, notes = await self._domain.disposables.create(request)
+        finally:
+            os.close(fd)
+        return name, [printable(note) for note in notes]
+
 
 class Service:
     """Everything of org.vmsilo1 on one bus connection."""

@@ -15,7 +15,7 @@ from gi.repository import GLib
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from vmsilod.bus.requests import RunRequest, SshRequest
+    from vmsilod.bus.requests import DisposableRequest, RunRequest, SshRequest
     from vmsilod.pci.ledger import PciView
 
 TEXT_MAX = 600
@@ -49,6 +49,8 @@ class VmView:
     restart_reasons: tuple[str, ...] = ()
     image: str = ""
     image_version: str = ""
+    disposable: bool = False
+    template: str = ""
     shares: tuple[str, ...] = ()
 
 
@@ -121,6 +123,15 @@ class UsbDomain(Protocol):
         """Let the host's drivers have it again."""
 
 
+class DisposableDomain(Protocol):
+    """Disposables, as Domain."""
+
+    async def create(self, request: DisposableRequest) -> tuple[str, Sequence[str]]:
+        """A name, and what it lacks of its template, for people. It lives until the connection of the
+        request has gone; the descriptor of a shared directory stays the caller's.
+        """
+
+
 class Domain(Protocol):
     """The VMs. Called on the loop; whatever goes wrong is a VmsiloError."""
 
@@ -174,6 +185,9 @@ class Domain(Protocol):
     @property
     def usb(self) -> UsbDomain: ...
 
+    @property
+    def disposables(self) -> DisposableDomain: ...
+
     def subscribe(self, callback: Callable[[Change], None]) -> Callable[[], None]:
         """Call back on the loop after every change, until the returned function is called."""
 
@@ -202,6 +216,8 @@ _PROPERTIES: dict[str, tuple[str, str]] = {
     "RestartReasons": ("as", "restart_reasons"),
     "Image": ("s", "image"),
     "ImageVersion": ("s", "image_version"),
+    "Disposable": ("b", "disposable"),
+    "Template": ("s", "template"),
 }
 
 

@@ -16,7 +16,7 @@ from vmsilod.vmm import vhost_user
 from vmsilod.vmm.launch import VhostUserDevice
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from vmsilod.config.schema import GlobalConfig, PciDevice, UsbDevice, VmFile
 
@@ -56,6 +56,28 @@ def _find_fault(path: str, *, block_device_allowed: bool) -> str | None:
     if not os.access(path, os.R_OK):
         return f"'{path}' cannot be read"
     return None
+
+
+KEPT = ("shared_home",)
+"""What outlives a run."""
+
+
+def check_disposable(vm: VmFile, find_origin: Callable[[tuple[str, ...]], str]) -> list[Problem]:
+    """A VM whose every start is fresh keeps nothing."""
+    fact, hint = "is kept from run to run, and disposable = true keeps nothing", "leave one of the two out"
+    return [
+        Problem(find_origin((key,)), key, fact, hint, vm=vm.name)
+        for key in (KEPT if vm.disposable else ())
+        if getattr(vm, key)
+    ]
+
+
+def find_missing_template(settings: GlobalConfig, file: str, names: Collection[str]) -> list[Problem]:
+    template = settings.disposables.template
+    if template is None or template in names:
+        return []
+    fact = f"there is no VM '{template}' that works"
+    return [Problem(file, "disposables.template", fact, "vm-run --here needs one, unless it names another")]
 
 
 MEMORY_STEP = 128

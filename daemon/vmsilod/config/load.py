@@ -84,8 +84,13 @@ def load_configuration(roots: Sequence[Path] = DEFAULT_ROOTS, checks: Checks | N
         vmm = vm.vmm or (settings.vmm if settings else "auto")
         found.problems += checking.check_vmm(vm, vmm, document.find_origin)
         found.problems += image_options.check_image(vm, vmm, document.find_origin)
+        found.problems += checking.check_disposable(vm, document.find_origin)
     _check_network(found, settings, settings_file, checks)
     _check_dependencies(found)
+    if settings is not None:
+        working = found.vms.keys() - found.broken_names()
+        place = settings_file.find_origin(("disposables", "template"))
+        found.warnings += checking.find_missing_template(settings, place, working)
     return _conclude(settings, found)
 
 

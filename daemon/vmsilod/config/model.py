@@ -45,7 +45,11 @@ _OUTSIDE_DIGEST = {"sources", "auto_start", "restart", "usb_devices", "image_opt
 
 
 class VmConfig(Table):
-    """Everything that the files say about one VM; `vmm` may still be "auto", `sources` are those files."""
+    """Everything that the files say about one VM; `vmm` may still be "auto", `sources` are those files.
+
+    `template`: no file says this one; it is a disposable that was made of the VM of that name.
+    `guest_id`: the uid and gid of its guest's user, None for those of the image; no file says that either.
+    """
 
     name: VmName
     user: AccountName
@@ -69,6 +73,9 @@ class VmConfig(Table):
     cloud_hypervisor: CloudHypervisorOptions = CloudHypervisorOptions()
     vhost_user: VhostUserDevices = ()
     auto_start: bool = False
+    disposable: bool = False
+    template: VmName | None = None
+    guest_id: int | None = None
     depends_on: VmNames = ()
     restart: RestartPolicy = RestartPolicy()
     pci_devices: PciDevices = ()
@@ -112,6 +119,8 @@ def resolve_vm(settings: GlobalConfig, vm: VmFile, sources: Sequence[str]) -> Vm
     tables = {"crosvm", "qemu", "cloud_hypervisor", "root_disk", "vhost_user", "usb_devices", "network"}
     tables |= {"shared_directories", "image"}
     own = vm.model_dump(exclude=tables, exclude_none=True)
+    if vm.disposable:
+        own["shared_home"] = False
     inherited = {
         key: getattr(settings, key)
         for key in ("user", "vmm", "shared_home", "start_timeout", "stop_timeout")

@@ -147,7 +147,7 @@ def find_host_overlaps(
     laptop comes to other networks every day.
     """
     taken = [
-        (network, device) for network, device in _find_routes(proc_net) if not _is_ours(device, sys_net)
+        (network, device) for network, device in find_host_routes(proc_net) if not _is_ours(device, sys_net)
     ]
     warnings = []
     for name, file in files.items():
@@ -167,7 +167,7 @@ def _overlap(one: Network, other: Network) -> bool:
     return isinstance(other, ipaddress.IPv6Network) and one.overlaps(other)
 
 
-def _find_routes(proc_net: Path) -> Iterator[tuple[Network, str]]:
+def find_host_routes(proc_net: Path = PROC_NET) -> Iterator[tuple[Network, str]]:
     """Networks that are on a link of the host: no default routes, nothing by way of a gateway."""
     for line in _read_lines(proc_net / "route")[1:]:
         device, destination, gateway, *rest = line.split()

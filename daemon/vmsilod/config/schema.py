@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from vmsilod.config.color import parse_color
+from vmsilod.config.disposables import DisposableOptions
 from vmsilod.config.image_options import GlobalImage, VmImage, expand_image
 from vmsilod.config.network import HostNetworkingOptions, NetworkOptions
 from vmsilod.config.shares import SharedDirectories, SharedHome, SharedHomeDefault
@@ -296,6 +297,7 @@ class GlobalConfig(Table):
     cloud_hypervisor: CloudHypervisorOptions = CloudHypervisorOptions()
     isolated_pci_devices: PciAddresses = ()
     host_networking: HostNetworkingOptions = HostNetworkingOptions()
+    disposables: DisposableOptions = DisposableOptions()
     shared_home: SharedHomeDefault = True
     start_timeout: Seconds = 180
     stop_timeout: Seconds = 30
@@ -324,6 +326,7 @@ class VmFile(Table):
     cloud_hypervisor: VmCloudHypervisorOptions = VmCloudHypervisorOptions()
     vhost_user: VhostUserDevices = ()
     auto_start: bool = False
+    disposable: bool = False
     depends_on: VmNames = ()
     restart: Annotated[RestartPolicy | None, BeforeValidator(_expand_restart)] = None
     pci_devices: PciDevices = ()

@@ -28,13 +28,13 @@ from vmsilod.network.taps import open_queues
 from vmsilod.waiting import Lock
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from vmsilod.bus.views import NetworkView
     from vmsilod.config.model import VmConfig
     from vmsilod.config.schema import GlobalConfig
-    from vmsilod.network.plan import Port
+    from vmsilod.network.plan import Network, Port
     from vmsilod.network.switch import Switches
 
 log = logging.getLogger(__name__)
@@ -73,6 +73,19 @@ class NetworkPool:
             self._settings = settings or self._settings
             self._configured = dict(vms)
             await self._settle()
+
+    async def add(self, name: str, config: VmConfig) -> None:
+        """One more VM, as apply; nothing is done for one without interfaces."""
+        async with self._lock:
+            self._configured[name] = config
+            if config.network.interfaces:
+                await self._settle()
+
+    async def remove(self, name: str) -> None:
+        async with self._lock:
+            config = self._configured.pop(name, None)
+            if config is not None and config.network.interfaces:
+                await self._settle()
 
     async def open(self, vm: str) -> list[OpenPort]:
         """In the order of the VM's configuration; [] for an offline VM. Raises StartFailed."""
@@ -149,6 +162,12 @@ class NetworkPool:
     def ports_of(self, vm: str) -> tuple[Port, ...]:
         """Those that a start would get now, or that the running VM has."""
         return self._plan.ports_of(vm)
+
+    def find_networks(self) -> Iterator[Network]:
+        """In which some VM or the host's side of it has an address."""
+        for port in self._plan.ports:
+            for address in (*port.host_addresses, *port.addresses):
+                yield address.network
 
     async def find_views(self, vm: str) -> list[NetworkView]:
         """In the order of the VM's configuration. Raises Failed."""

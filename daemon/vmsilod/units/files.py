@@ -71,6 +71,26 @@ def write_units(
     return UnitChange(frozenset(written), frozenset(changed), frozenset(removed), links)
 
 
+def add_units(units: RenderedUnits, directory: Path = UNIT_DIR) -> None:
+    """Of one VM that had none: systemd reads them when it first hears of them, without a reload."""
+    try:
+        for name, text in units.files.items():
+            _write(directory / name, text)
+    except OSError as error:
+        raise Failed(f"cannot write units below {directory}: {error.strerror}") from error
+
+
+def remove_units(vm: str, directory: Path = UNIT_DIR) -> None:
+    """Of one VM that is down: systemd forgets a unit by itself that has neither a file nor a process."""
+    try:
+        for path in directory.glob(f"vmsilo-{vm}*"):
+            match = OUR_FILE.fullmatch(path.name)
+            if match and match[1] == vm:
+                path.unlink()
+    except OSError as error:
+        raise Failed(f"cannot remove the units of {vm}: {error.strerror}") from error
+
+
 def _find_ours(directory: Path) -> list[tuple[Path, str]]:
     found = []
     for path in sorted(directory.glob("vmsilo-*")):

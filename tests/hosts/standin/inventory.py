@@ -52,6 +52,7 @@ def find_files() -> list[str]:
     patterns = (
         "vmsilo/vm/*",
         "vmsilo/state/*.json",
+        "vmsilo/state/disposables/*",
         "vmsilo/state/*.new*",
         "vmsilo/state/*.history",
         "vmsilo-relay/*",

@@ -1,0 +1,75 @@
+"""Which working directory may become one of a disposable."""
+
+from __future__ import annotations
+
+import os
+import pwd
+from typing import TYPE_CHECKING
+
+import pytest
+from vmsilod.bus.requests import Shared
+from vmsilod.disposables.places import accept_directory
+from vmsilod.errors import VmsiloError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ME = os.geteuid()
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home of this process's user, with a project in it."""
+    home = tmp_path / "home"
+    (home / "project").mkdir(parents=True)
+    entry = pwd.struct_passwd(("me", "x", ME, ME, "", str(home), "/bin/sh"))
+    monkeypatch.setattr(pwd, "getpwuid", lambda _uid: entry)
+    return home
+
+
+def accept(path: Path | str, *, opened: Path | None = None, home: bool = False, ro: bool = False) -> object:
+    fd = os.open(opened or path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return accept_directory(Shared(fd, str(path), readonly=ro, home=home), ME)
+    finally:
+        os.close(fd)
+
+
+def test_a_project_is_shared_at_its_own_path(place: Path) -> None:
+    share = accept(place / "project", ro=True)
+    assert (share.path, share.mount, share.tag, share.readonly) == (  # type: ignore[attr-defined]  # as it is
+        *(str(place / "project"), str(place / "project"), "here"),
+        True,
+    )
+
+
+def test_all_of_the_home_only_if_asked_and_what_holds_it_never(place: Path) -> None:
+    with pytest.raises(VmsiloError, match="all of your home"):
+        accept(place)
+    accept(place, home=True)
+    with pytest.raises(VmsiloError, match="holds your home"):
+        accept(place.parent, home=True)
+
+
+@pytest.mark.parametrize("path", ["/", "/etc", "/proc", "/usr", "/usr/share", "/run", "/dev", "/sys"])
+def test_what_host_or_guest_need_is_refused(place: Path, path: str) -> None:
+    with pytest.raises(VmsiloError, match="cannot be"):
+        accept(path, opened=place)
+
+
+@pytest.mark.skipif(ME != 0, reason="chown")
+def test_what_belongs_to_somebody_else_is_refused(place: Path) -> None:
+    os.chown(place / "project", 12345, 12345)
+    with pytest.raises(VmsiloError, match="belongs to uid 12345"):
+        accept(place / "project")
+
+
+def test_the_path_must_be_that_of_what_was_opened(place: Path) -> None:
+    (place / "other").mkdir()
+    with pytest.raises(VmsiloError, match="not the directory that was opened"):
+        accept(place / "project", opened=place / "other")
+    with pytest.raises(VmsiloError, match="plain path"):
+        accept(f"{place}/./project/")
+    (place / "file").touch()
+    with pytest.raises(VmsiloError, match="no directory"):
+        accept(place / "file")

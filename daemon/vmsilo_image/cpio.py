@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import stat
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,7 +20,10 @@ MAGIC = b"070701"
 TRAILER = "TRAILER!!!"
 ALIGN = 4
 SECRET = re.compile(r"[0-9a-f]{64}")
-NETWORK_FILE = re.compile(r"(networkd\.conf\.d|network|resolved\.conf\.d)/[A-Za-z0-9][A-Za-z0-9._@+:-]*")
+_STEP = r"[A-Za-z0-9\\][A-Za-z0-9._@+:\\-]*"
+NETWORK_FILE = re.compile(
+    rf"(networkd\.conf\.d|network|resolved\.conf\.d|init|system(/{_STEP}\.d)?)/{_STEP}"
+)
 LOGIN = re.compile(r"[a-z_][a-z0-9_-]{0,30}")
 
 
@@ -71,7 +75,8 @@ def secret_archive(
     secret_hex: str, ssh: SshKeys | None = None, network: Mapping[str, str] | None = None
 ) -> bytes:
     """What the host appends to an image's initrd for one boot: /vmsilo/secret, mode 0400, the keys below
-    /vmsilo/ssh, and `network`, files for /run/systemd by their path there. sshd reads authorized keys, which
+    /vmsilo/ssh, and `network`, files for /run/systemd by their path there; below init/ those that init itself
+    reads. sshd reads authorized keys, which
     are public, with the rights of the login; networkd and resolved have uids of their own, too."""
     if not SECRET.fullmatch(secret_hex):
         raise ValueError("a secret is 64 lower-case hexadecimal digits")
@@ -93,7 +98,7 @@ def _network_entries(network: Mapping[str, str]) -> list[Entry]:
     for name in network:
         if not NETWORK_FILE.fullmatch(name):
             raise ValueError(f"{name!r} is not the name of a network configuration file")
-    folders = sorted({name.partition("/")[0] for name in network})
+    folders = sorted({str(folder) for name in network for folder in PurePosixPath(name).parents[:-1]})
     entries = [directory("vmsilo/systemd"), *(directory(f"vmsilo/systemd/{folder}") for folder in folders)]
     entries += [regular(f"vmsilo/systemd/{name}", text.encode()) for name, text in network.items()]
     return entries

@@ -11,14 +11,14 @@ import secrets
 import socket
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inotify_simple import INotify, flags
 
 from vmsilod.errors import StartFailed
-from vmsilod.resources import image, record, rundir, ssh_keys, vhost_user, vsock
+from vmsilod.resources import disks, image, record, rundir, ssh_keys, vhost_user, vsock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -52,6 +52,7 @@ class Request:
     owner: int = 0
     guest_files: Mapping[str, str] = field(default_factory=dict)
     """Below the guest's /run, by name: of its interfaces (vmsilod.network.guest) and shares."""
+    disks: disks.DiskRequest = field(default_factory=disks.DiskRequest)
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Acquired:
     host_port_fd: int | None
     root_pmem: bool = False
     vhost_user_fds: list[int] = field(default_factory=list)
+    disks: list[disks.OpenDisk] = field(default_factory=list)
 
     def channel(self, uid: int) -> dict[str, Any]:
         """How the relay reaches the guest."""
@@ -88,7 +90,8 @@ class Acquired:
             self.device_fd,
             self.host_port_fd,
         )
-        return [*(fd for fd in every if fd is not None), *self.vhost_user_fds]
+        fds = [*(fd for fd in every if fd is not None), *self.vhost_user_fds]
+        return [*fds, *(disk.fd for disk in self.disks)]
 
 
 def acquire(request: Request) -> Acquired:
@@ -120,6 +123,10 @@ def acquire(request: Request) -> Acquired:
             vhost_user.require_disk_access(
                 files.root, root_fd, request.opens_as, writable=not request.root_readonly
             )
+        opened = []
+        for disk in disks.open_disks(request.name, *plan_disks(request, files)):
+            keep(disk.fd)
+            opened.append(disk)
         device_fd = host_port_fd = None
         if request.hybrid or request.builtin_vsock:
             cid = vsock.HYBRID_CID
@@ -138,7 +145,21 @@ def acquire(request: Request) -> Acquired:
             *(device_fd, host_port_fd),
             root_pmem=request.root_readonly and image.is_pmem(files, root_fd),
             vhost_user_fds=vhost_user_fds,
+            disks=opened,
         )
+
+
+def plan_disks(request: Request, files: image.BootFiles) -> tuple[disks.DiskRequest, disks.Vmm]:
+    """What the image's first process knows to use. An older one's overlay is in the guest's memory."""
+    wanted = request.disks
+    if wanted.persist_size is not None and not files.disks:
+        raise StartFailed(
+            f"image '{request.boot.image}' was built by a vmsilo that did not have persist",
+            f"sudo vmsilo image build {request.boot.image}",
+        )
+    if not files.disks:
+        wanted = replace(wanted, overlay_size=None)
+    return wanted, disks.Vmm(request.uid, request.gid, request.opens_as, files.uid)
 
 
 def _open_vhost_user(request: Request) -> Iterator[int]:

@@ -13,9 +13,10 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from vmsilod import loop, preparation
+from vmsilod import disk_plans, loop, preparation
 from vmsilod.consoles import console_of, split_passed
 from vmsilod.control import Peer, Prepared
+from vmsilod.disk_claims import hold_disks
 from vmsilod.errors import BadRequest, ConfigBroken, StartFailed, VmsiloError
 from vmsilod.forwards import Forwards
 from vmsilod.host import find_uid, probe_host
@@ -29,7 +30,6 @@ from vmsilod.shapes import leases_of, request_of, shape_of
 from vmsilod.units.render import vsock_unit
 from vmsilod.vmm import drivers
 from vmsilod.vmm.choose import TCG_WARNING, VmmKind, choose_vmm
-from vmsilod.vmm.crosvm import find_disk_format
 from vmsilod.vmm.errors import MonitorError
 
 if TYPE_CHECKING:
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from vmsilod.systemd import Systemd
 
 log = logging.getLogger(__name__)
-
-DISK_HEAD = 64  # bytes; the longest magic that crosvm knows is shorter
 
 
 class Runs:
@@ -136,9 +134,11 @@ class Runs:
         interfaces = await open_interfaces(self._network, vm.name, choice.kind, peer.pid)
         held, terminals = interfaces.fds(), list[int]()
         try:
-            request = dataclasses.replace(request, guest_files=plan_guest_files(interfaces.ports))
+            files = {**plan_guest_files(interfaces.ports), **disk_plans.plan_guest_files(config)}
+            request = dataclasses.replace(request, guest_files=files)
             acquired = await loop.in_worker(preparation.acquire, request)
             held += acquired.fds()
+            await hold_disks(self._registry, vm, acquired, root_writable=not config.root_disk_readonly)
             listeners, journal = split_passed(fds)
             if vm.debug:
                 terminals = self.debug_terminals.pop(vm.name, [])
@@ -150,8 +150,6 @@ class Runs:
                 await self._connect_channel(vm, acquired, peer.unit)
             await self._register(vm, config, peer, acquired, listeners)
             await self._forwards.open(vm, config)
-            if choice.kind is VmmKind.CROSVM and not config.root_disk_readonly:
-                await loop.in_worker(refuse_foreign_format, acquired.root_fd)
             planned = driver.plan_launch(
                 shape_of(config, interfaces.ports),
                 dataclasses.replace(
@@ -341,13 +339,3 @@ class Runs:
     async def agree_with_relay(self) -> None:
         """After each (re)connection."""
         self._vsock_listening = await agree_with_relay(self.relay, self._registry, self._on_change)
-
-
-def refuse_foreign_format(fd: int) -> None:
-    """crosvm finds out a disk's format by its first bytes, and those of a writable disk are the guest's."""
-    found = find_disk_format(os.pread(fd, DISK_HEAD, 0))
-    if found is not None:
-        raise StartFailed(
-            f"the writable root disk begins like a {found} image: crosvm would open what it names",
-            'its guest may be hostile; look at the disk, or run it with vmm = "qemu"',
-        )

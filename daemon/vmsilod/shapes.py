@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vmsilod.disk_plans import plan_devices, plan_request
 from vmsilod.host import LIBDIR, find_uid
 from vmsilod.network.guest import plan_ifnames
 from vmsilod.preparation import Request
@@ -72,6 +73,7 @@ def request_of(config: VmConfig, peer: Peer, kind: VmmKind, host: Host) -> Reque
         vhost_user=tuple(device.socket for device in config.vhost_user),
         ssh=config.ssh,
         owner=find_uid(config.user),
+        disks=plan_request(config),
     )
 
 
@@ -92,6 +94,7 @@ def leases_of(config: VmConfig, peer: Peer, acquired: Acquired, kind: VmmKind, h
             acquired.root_fd, config.root_disk_readonly, pmem=acquired.root_pmem and DRIVERS[kind].pmem_root
         ),
         vhost_user_fds=tuple(acquired.vhost_user_fds),
+        disks=plan_devices(acquired.disks),
     )
 
 

@@ -109,7 +109,9 @@ def test_network_files_travel_with_the_secret() -> None:
     assert folders == ["vmsilo/systemd", "vmsilo/systemd/network", "vmsilo/systemd/resolved.conf.d"]
 
 
-@pytest.mark.parametrize("name", ["", "x", "network/", "network/../x", "network/a/b", "system/a.service"])
+@pytest.mark.parametrize(
+    "name", ["", "x", "network/", "network/../x", "network/a/b", "system/a/b", "other/a.service"]
+)
 def test_only_network_configuration_travels_as_such(name: str) -> None:
     with pytest.raises(ValueError, match="network configuration"):
         cpio.secret_archive("0f" * 32, None, {name: "x"})

@@ -36,6 +36,7 @@ LAYERS = (
     {"vmsilod.network"},
     {"vmsilod.registry", "vmsilod.order_socket"},
     {"vmsilod.consoles", "vmsilod.relay_client", "vmsilod.control", "vmsilod.preparation", "vmsilod.watch"},
+    {"vmsilod.disk_plans", "vmsilod.disk_claims"},
     {"vmsilod.shapes", "vmsilod.memory", "vmsilod.interfaces", "vmsilod.relay_agreement"},
     {
         *("vmsilod.spawning", "vmsilod.ssh_login", "vmsilod.vm_view", "vmsilod.publication"),

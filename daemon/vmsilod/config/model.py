@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
+from vmsilod.config.disks import DiskOptions
 from vmsilod.config.network import NetworkOptions
 from vmsilod.config.schema import (
     AbsolutePath,
@@ -34,7 +35,6 @@ from vmsilod.config.schema import (
     VmName,
     VmNames,
 )
-from vmsilod.config.table import Table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 _OUTSIDE_DIGEST = {"sources", "auto_start", "restart", "usb_devices"}
 
 
-class VmConfig(Table):
+class VmConfig(DiskOptions):
     """Everything that the files say about one VM; `vmm` may still be "auto", `sources` are those files."""
 
     name: VmName

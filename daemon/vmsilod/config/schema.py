@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from vmsilod.config.color import parse_color
+from vmsilod.config.disks import DiskOptions
 from vmsilod.config.network import HostNetworkingOptions, NetworkOptions
 from vmsilod.config.table import Table
 from vmsilod.pci.address import parse_address
@@ -306,7 +307,7 @@ class GlobalConfig(Table):
     stop_timeout: Seconds = 30
 
 
-class VmFile(Table):
+class VmFile(DiskOptions):
     """vms.d/NAME.toml as written; `model.py` makes the VmConfig of it."""
 
     name: VmName

@@ -40,6 +40,9 @@ class BootFiles:
     pmem: bool = False
     """The image says that its root may be persistent memory: its initrd has the driver for that."""
     login: str = "user"  # the guest's user, as the image's manifest says
+    uid: int = 1000
+    disks: bool = False
+    """Its initrd is the image's, which says that it finds overlay and kept paths on disks."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +60,14 @@ def find_boot_files(choice: BootChoice, images: Path = IMAGES_DIR) -> BootFiles:
     needs_image = not (choice.kernel and choice.root_disk)
     base = Path()
     manifest: dict[str, Any] = {}
-    login = "user"
+    login, uid = "user", 1000
     if needs_image:
         link = images / choice.image / "current"
         try:
             base = link.resolve(strict=True)
             manifest = json.loads((base / "manifest.json").read_text())
             login = check_login(manifest.get("user", login))
+            uid = int(manifest.get("uid", uid))
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise StartFailed(
                 f"image '{choice.image}' has no usable current version in {images}",
@@ -79,6 +83,8 @@ def find_boot_files(choice: BootChoice, images: Path = IMAGES_DIR) -> BootFiles:
         version=base.name if needs_image else "custom",
         pmem=all_of_image and manifest.get("pmem") is True,
         login=login,
+        uid=uid,
+        disks=not (own_kernel or choice.initramfs) and manifest.get("disks") is True,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from vmsilod.errors import Failed
@@ -24,7 +24,8 @@ STATE_DIR = Path("/run/vmsilo/state")
 class Record:
     """One VM's lease: `invocation` is systemd's INVOCATION_ID of the unit run that holds it; `config` is
     the JSON of the configuration that it was started with, `login` the guest's user. `ran`: the VMM has got
-    as far as running the guest; `stopping`: somebody asked for the end.
+    as far as running the guest; `stopping`: somebody asked for the end. `disks`: of each that
+    it has (resources.disks.key_of), whether it writes.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Record:
     login: str = "user"
     ran: bool = False
     stopping: bool = False
+    disks: dict[str, bool] = field(default_factory=dict)
 
 
 def save_record(record: Record, directory: Path = STATE_DIR) -> None:
@@ -59,7 +61,7 @@ def load_records(directory: Path = STATE_DIR) -> dict[str, Record]:
     records = {}
     for path in sorted(directory.glob("*.json")) if directory.is_dir() else ():
         try:
-            known = {field.name for field in fields(Record)}
+            known = {each.name for each in fields(Record)}
             content = {key: value for key, value in json.loads(path.read_text()).items() if key in known}
             record = Record(**content)
         except (OSError, ValueError, TypeError, AttributeError) as error:

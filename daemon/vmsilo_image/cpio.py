@@ -75,9 +75,10 @@ def secret_archive(
     secret_hex: str, ssh: SshKeys | None = None, network: Mapping[str, str] | None = None
 ) -> bytes:
     """What the host appends to an image's initrd for one boot: /vmsilo/secret, mode 0400, the keys below
-    /vmsilo/ssh, and `network`, files for /run/systemd by their path there; below init/ those that init itself
-    reads. sshd reads authorized keys, which
-    are public, with the rights of the login; networkd and resolved have uids of their own, too."""
+    /vmsilo/ssh, and `network`, files for /run/systemd by their path there; below init/ those that init
+    itself reads. sshd reads authorized keys, which are public, with the rights of the login; networkd and
+    resolved have uids of their own, too.
+    """
     if not SECRET.fullmatch(secret_hex):
         raise ValueError("a secret is 64 lower-case hexadecimal digits")
     entries = [directory("vmsilo", 0o711), regular("vmsilo/secret", secret_hex.encode() + b"\n", 0o400)]

@@ -1,8 +1,8 @@
 """Which VM has which disk: no disk is written by one running VM while another has it.
 
-Called by the runs when a start has opened its disks, on the loop, so that of two starts at once one is first.
-What a VM has is in its record, and ends with it. A lock against other programs follows, and the look at what
-the disks begin with, which nobody can change any more then.
+Called by the runs when a start has opened its disks, on the loop, so that of two starts at once one is
+first. What a VM has is in its record, and ends with it. A lock against other programs follows, and the look
+at what the disks begin with, which nobody can change any more then.
 """
 
 from __future__ import annotations

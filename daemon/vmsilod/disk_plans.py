@@ -1,5 +1,5 @@
-"""A VM's configuration in the words of its disks: what is to be opened, what the guest is told, what the driver
-gets. Pure.
+"""A VM's configuration in the words of its disks: what is to be opened, what the guest is told, what the
+driver gets. Pure.
 
 Called by shapes and runs at a VM's start.
 """
@@ -93,10 +93,10 @@ def _escape(char: str) -> str:
 
 def _render_mount(disk: AdditionalDisk) -> str:
     place = disk.mount or ""
+    words = ["ro" if disk.ro else "rw", "nodev", "nosuid"]
+    words += ["discard"] if disk.sparse and not disk.ro else []
     grow = "" if disk.ro else f"Wants=systemd-growfs@{escape_path(place)}.service\n"
-    device = f"/dev/disk/by-id/virtio-{disk.id}"
     return (
         f"[Unit]\nDescription=Disk {disk.id}\nBefore=local-fs.target\n{grow}\n"
-        f"[Mount]\nWhat={device}\nWhere={place}\n"
-        f"Options={'ro' if disk.ro else 'rw'},nodev,nosuid{',discard' if disk.sparse and not disk.ro else ''}\n"
+        f"[Mount]\nWhat=/dev/disk/by-id/virtio-{disk.id}\nWhere={place}\nOptions={','.join(words)}\n"
     )

@@ -42,7 +42,7 @@ LAYERS = (
         *("vmsilod.spawning", "vmsilod.ssh_login", "vmsilod.vm_view", "vmsilod.publication"),
         "vmsilod.endings",
     },
-    {"vmsilod.usb", "vmsilod.hotplug"},
+    {"vmsilod.usb", "vmsilod.hotplug", "vmsilod.disks"},
     {"vmsilod.holders", "vmsilod.forwards"},
     {"vmsilod.runs"},
     {"vmsilod.lifecycle"},

@@ -1,5 +1,5 @@
-"""Disks beside the root in the argv of each VMM, against golden files. VMSILO_UPDATE_GOLDEN=1 rewrites them: read
-the diff.
+"""Disks beside the root in the argv of each VMM, against golden files. VMSILO_UPDATE_GOLDEN=1 rewrites them:
+read the diff.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ RUN_AS_ROOT = "org.vmsilo1.run-as-root"
 DEBUG = "org.vmsilo1.debug"
 RELOAD = "org.vmsilo1.reload"
 MANAGE_DEVICES = "org.vmsilo1.manage-devices"
-ACTIONS = (VIEW, START, STOP, KILL, RUN, RUN_AS_ROOT, DEBUG, RELOAD, MANAGE_DEVICES)
+MANAGE_DISKS = "org.vmsilo1.manage-disks"
+ACTIONS = (VIEW, START, STOP, KILL, RUN, RUN_AS_ROOT, DEBUG, RELOAD, MANAGE_DEVICES, MANAGE_DISKS)
 
 MANAGER_INTERFACE = "org.vmsilo1.Manager"
 VM_INTERFACE = "org.vmsilo1.VM"
@@ -111,6 +112,17 @@ def _of_usb(message: Message) -> Need:
     return Need((MANAGE_DEVICES,), {**vm, "device": describe_command([address])})
 
 
+def _of_listed(message: Message) -> Need:
+    """The name may be "", for all VMs."""
+    (name,) = message.arguments
+    return Need((VIEW,), {"vm": check_name(name)} if name else {})
+
+
+def _of_disk(message: Message) -> Need:
+    name, disk = message.arguments[:2]
+    return Need((MANAGE_DISKS,), {"vm": check_name(name), "disk": describe_command([disk])})
+
+
 def _of_interface(message: Message) -> Need:
     *name, interface = message.arguments
     vm = check_name(name[0]) if message.vm is None else message.vm
@@ -143,6 +155,9 @@ _TABLE: dict[tuple[str, str], Callable[[Message], Need]] = {
     (MANAGER_INTERFACE, "AttachUsb"): _of_usb,
     (MANAGER_INTERFACE, "DetachUsb"): _of_usb,
     (MANAGER_INTERFACE, "ReleaseUsb"): _of_usb,
+    (MANAGER_INTERFACE, "ListDisks"): _of_listed,
+    (MANAGER_INTERFACE, "GrowDisk"): _of_disk,
+    (MANAGER_INTERFACE, "RemoveDisk"): _of_disk,
     (VM_INTERFACE, "Start"): _of_all(START),
     (VM_INTERFACE, "Stop"): _of_all(STOP),
     (VM_INTERFACE, "Kill"): _of_all(KILL),

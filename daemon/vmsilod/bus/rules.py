@@ -38,6 +38,9 @@ polkit.addRule(function (action, subject) {
     // Host devices in the user's own VMs; what the host itself uses is refused to anybody.
     case "org.vmsilo1.manage-devices":
         return polkit.Result.YES;
+    // Larger disks for the user's own VMs, and an end of what they keep.
+    case "org.vmsilo1.manage-disks":
+        return polkit.Result.YES;
     }
     return polkit.Result.NOT_HANDLED;
 });

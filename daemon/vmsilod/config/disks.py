@@ -1,5 +1,5 @@
-"""Disks beside the root: the models of `root_overlay`, `additional_disks` and `persist`, and what only the VM's
-file as a whole can tell to be wrong with them.
+"""Disks beside the root: the models of `root_overlay`, `additional_disks` and `persist`, and what only the
+VM's file as a whole can tell to be wrong with them.
 
 Used by schema, model and checks of this package. A model never looks at the machine.
 """

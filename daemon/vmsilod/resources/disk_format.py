@@ -1,9 +1,9 @@
 """What a disk's first bytes say, against what its configuration says.
 
-Called in the worker before every start, for every disk, the root too, when nobody else can write it any more.
-crosvm finds out a disk's format by its first bytes, and those of a disk that a guest has ever written are the
-guest's: a qcow2 header names a file of the host that the next start would open. So a raw disk that begins like
-something else is refused, whatever the VMM; and a qcow2 that names another file.
+Called in the worker before every start, for every disk, the root too, when nobody else can write it any
+more. crosvm finds out a disk's format by its first bytes, and those of a disk that a guest has ever written
+are the guest's: a qcow2 header names a file of the host that the next start would open. So a raw disk that
+begins like something else is refused, whatever the VMM; and a qcow2 that names another file.
 """
 
 from __future__ import annotations
@@ -74,7 +74,6 @@ def check_format(fd: int, declared: Format, title: str) -> None:
     found = find_disk_format(head)
     if found is not None:
         raise StartFailed(
-            f"{title} is to be a raw disk, but begins like a {found} image: a VMM would open the files that it"
-            " names",
-            "a guest that could write to it may have done that on purpose: look at it before you use it again",
+            f"{title} is to be a raw disk, but begins like a {found} image: a VMM would open what that names",
+            "a guest that could write to it may have done that on purpose: look before you use it again",
         )

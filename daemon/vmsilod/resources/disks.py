@@ -198,7 +198,10 @@ def _claim_block_device(fd: int, title: str, *, writable: bool) -> int:
 
 def key_of(fd: int) -> str:
     """What tells one disk from another, whatever path led to it."""
-    status = os.fstat(fd)
+    return key_of_status(os.fstat(fd))
+
+
+def key_of_status(status: os.stat_result) -> str:
     if stat.S_ISBLK(status.st_mode):
         return f"block:{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
     return f"file:{status.st_dev}:{status.st_ino}"
@@ -224,8 +227,8 @@ def lock_file(fd: int, title: str, *, writable: bool) -> None:
 
 
 def set_direct(disks: Sequence[OpenDisk]) -> None:
-    """O_DIRECT, which QEMU wants on the descriptor; after the look at what it begins with, which goes through the
-    host's cache.
+    """O_DIRECT, which QEMU wants on the descriptor; after the look at what it begins with, which goes
+    through the host's cache.
     """
     for disk in disks:
         if disk.direct:

@@ -141,8 +141,8 @@ class Disk:
 
 @dataclass(frozen=True)
 class DiskDevice:
-    """A disk beside the root, by descriptor, opened as Disk's. The guest finds it by `serial`. `lock`: the VMM
-    may lock it too. Its content has been checked to be of `format`.
+    """A disk beside the root, by descriptor, opened as Disk's. The guest finds it by `serial`. `lock`: the
+    VMM may lock it too. Its content has been checked to be of `format`.
     """
 
     fd: int

@@ -69,7 +69,7 @@ class Site:
             ("vmlinuz", "kernel"),
             ("root.erofs", "root"),
             ("initrd", initrd),
-            ("manifest.json", json.dumps({"built": "2026-01-01T00:00:00Z"})),
+            ("manifest.json", json.dumps({"built": "2026-01-01T00:00:00Z", "disks": True})),
         ):
             self.host.write(f"{folder}/{file}", text)
         self.host.run(["ln", "-sfn", version, f"/var/lib/vmsilo/images/{name}/current"])

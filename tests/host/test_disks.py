@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -79,15 +80,16 @@ def test_readers_share_a_disk(site: Site) -> None:
 def test_disk_that_a_program_of_the_host_has_locked(site: Site) -> None:
     site.host.run(f"truncate -s 16M {FOLDER}/locked")
     name = site.define(f'additional_disks = ["{FOLDER}/locked"]')
-    locker = site.spawn("flock", f"{FOLDER}/locked", "sleep", "60", user="root")
+    code = f"import fcntl; f = open('{FOLDER}/locked'); fcntl.flock(f, 2); print(1, flush=True); input()"
+    locker = site.spawn("python3", "-c", code, user="root", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert locker.stdin
+    assert locker.stdout
     try:
-        site.host.wait_until(f"! flock -n {FOLDER}/locked true", seconds=10)
+        assert locker.stdout.readline() == b"1\n"
         refused = site.host.run(["vm-start", name], user="user", check=False)
         assert "is locked by another program" in refused.stderr
     finally:
-        locker.kill()
-        locker.wait()
-        site.host.run(f"pkill -f '^sleep 60$'; flock {FOLDER}/locked true", check=False)
+        locker.communicate(b"\n")
     assert site.vm_run(name, "true").returncode == 0
 
 

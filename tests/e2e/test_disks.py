@@ -100,6 +100,15 @@ def test_disks_of_one_life(guest: Container) -> None:
     assert started == "mine\nkept\nkept\na\n"
 
 
+def test_a_guest_that_reboots_begins_anew(guest: Container) -> None:
+    in_guest(guest, "echo old >/root/left; sync")
+    pid = vmm_of(guest)
+    in_guest(guest, "systemctl reboot", check=False)
+    guest.wait_until(f"vmsilo status {VM} | grep -q starting", seconds=60)
+    assert in_guest(guest, "ls /root; cat /etc/ssh/marker") == "kept\n"
+    assert vmm_of(guest) == pid
+
+
 def test_disk_grows_while_its_guest_runs(guest: Container) -> None:
     before = int(in_guest(guest, "df --output=size -k /data | tail -1"))
     guest.run(["vmsilo", "disk", "grow", VM, "data", "128M"], user="user")

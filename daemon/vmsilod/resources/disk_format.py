@@ -74,6 +74,6 @@ def check_format(fd: int, declared: Format, title: str) -> None:
     found = find_disk_format(head)
     if found is not None:
         raise StartFailed(
-            f"{title} is to be a raw disk, but begins like a {found} image: a VMM would open what that names",
+            f"{title} is to be a raw disk, but begins like a {found} image: a VMM may open what that names",
             "a guest that could write to it may have done that on purpose: look before you use it again",
         )

@@ -50,6 +50,27 @@ def test_overlay_has_no_name_at_any_time(tmp_path: Path) -> None:
         os.close(overlay.fd)
 
 
+def test_second_overlay_of_a_size_is_the_same_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filesystems, "_TEMPLATES", {})
+    first = disks.make_overlay(10 << 30, ME, tmp_path)
+    monkeypatch.setattr(filesystems, "MKFS", "/missing")
+    second = disks.make_overlay(10 << 30, ME, tmp_path)
+    try:
+        argv = ["e2fsck", "-fn", f"/proc/self/fd/{second.fd}"]
+        env = {"PATH": "/usr/sbin:/sbin:/usr/bin"}
+        done = subprocess.run(argv, env=env, pass_fds=[second.fd], capture_output=True, check=False)
+        assert done.returncode == 0, done.stdout
+        assert os.fstat(second.fd).st_blocks * 512 < MIB
+        assert os.pread(first.fd, 1 << 16, 0) == os.pread(second.fd, 1 << 16, 0)
+    finally:
+        os.close(first.fd)
+        os.close(second.fd)
+    with pytest.raises(StartFailed, match="missing"):
+        disks.make_overlay(11 << 30, ME, tmp_path)
+
+
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_overlay_of_a_killed_process_is_gone(moment: str, tmp_path: Path) -> None:
     script = tmp_path / "mkfs"

@@ -79,7 +79,7 @@ def make_overlay(size: int, vmm: Vmm, directory: Path = OVERLAYS_DIR) -> OpenDis
     filesystems.make_directory(directory)
     fd = filesystems.create_nameless(directory, size, title)
     try:
-        filesystems.make_ext4(fd, filesystems.Ext4("overlay", ephemeral=True), title)
+        filesystems.make_ephemeral(fd, size, "overlay", title)
         _hand_over(fd, vmm, title)
     except BaseException:
         os.close(fd)

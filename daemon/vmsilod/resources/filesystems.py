@@ -26,9 +26,14 @@ _FEATURES = (
 _LASTING_EXTENDED = ",lazy_journal_init=1"
 _LASTING = ("-O", f"{_FEATURES},has_journal,resize_inode,sparse_super")
 # A file system that nobody ever mounts twice needs no journal, no room to grow, no second superblock; with
-# its tables in one place it costs a handful of blocks (50 KiB of a file of 10 GiB, 4 ms).
+# its tables in one place it costs a handful of blocks (120 KiB of a file of 10 GiB).
 _EPHEMERAL = ("-O", f"{_FEATURES},sparse_super2", "-m", "0")
 _EPHEMERAL_EXTENDED = ",num_backup_sb=0,packed_meta_blocks=1"
+
+# What mke2fs writes of an ephemeral one, by size and label; as long as the process.
+_TEMPLATES: dict[tuple[int, str], tuple[tuple[int, bytes], ...]] = {}
+TEMPLATES_MAX = 16
+TEMPLATE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,40 @@ def make_ext4(fd: int, plan: Ext4, title: str) -> None:
     if done.returncode:
         reason = done.stderr[-300:].decode(errors="replace").strip().replace("\n", " ")
         raise StartFailed(f"cannot format {title}: {reason}", "is the disk full?")
+
+
+def make_ephemeral(fd: int, size: int, label: str, title: str) -> None:
+    """As make_ext4 of an ephemeral one. From the second of a size on, what mke2fs wrote is copied: 0.1 ms, and no
+    process, instead of 10 ms.
+    """
+    known = _TEMPLATES.get((size, label))
+    if known is None:
+        make_ext4(fd, Ext4(label, ephemeral=True), title)
+        written = _read_data(fd)
+        if written and len(_TEMPLATES) < TEMPLATES_MAX:
+            _TEMPLATES[size, label] = written
+        return
+    try:
+        for offset, data in known:
+            os.pwrite(fd, data, offset)
+    except OSError as error:
+        raise _translate(error, title) from error
+
+
+def _read_data(fd: int) -> tuple[tuple[int, bytes], ...]:
+    """What is not hole, by offset; nothing where the file system does not tell, or that is too much."""
+    found: list[tuple[int, bytes]] = []
+    place, total = 0, 0
+    while True:
+        try:
+            start = os.lseek(fd, place, os.SEEK_DATA)
+            place = os.lseek(fd, start, os.SEEK_HOLE)
+        except OSError as error:
+            return tuple(found) if error.errno == errno.ENXIO else ()
+        total += place - start
+        if total > TEMPLATE_BYTES:
+            return ()
+        found.append((start, os.pread(fd, place - start, start)))
 
 
 def publish(fd: int, directory: int, name: str, title: str) -> None:

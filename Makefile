@@ -14,10 +14,10 @@ RUN := $(VENV)/bin
 
 # What the product needs from Debian (README names the same); then what its tests and the container host need.
 RUNTIME_PACKAGES := python3-venv python3-gi python3-pydbus python3-systemd python3-cairo gir1.2-glib-2.0 \
-	dbus polkitd mmdebstrap erofs-utils nftables
+	dbus polkitd mmdebstrap erofs-utils nftables e2fsprogs
 # Debian 12 has no virtiofsd (VMs there share no directories).
 RUNTIME_PACKAGES += $(shell . /etc/os-release; [ "$$VERSION_ID" = 12 ] || echo virtiofsd)
-TEST_PACKAGES := systemd-container openssh-client e2fsprogs util-linux iproute2 busybox-static cpio
+TEST_PACKAGES := systemd-container openssh-client util-linux iproute2 busybox-static cpio
 
 PYTHON_ROOTS := daemon client guest
 CLIENTS := vm-run vm-shell vm-start vm-stop vm-start-debug vmsilo

@@ -68,7 +68,7 @@ _vmsilo_vm() {
 
 _vmsilo_vmsilo() {
     if ((COMP_CWORD == 1)); then
-        _vmsilo_words 'list status memory check image pci usb network version help'
+        _vmsilo_words 'list status memory check image pci usb network disk version help'
     elif [[ ${COMP_WORDS[1]} == pci && COMP_CWORD -eq 2 ]]; then
         _vmsilo_words 'list claim release'
     elif [[ ${COMP_WORDS[1]} == image && COMP_CWORD -eq 2 ]]; then
@@ -82,6 +82,11 @@ _vmsilo_vmsilo() {
     elif [[ ${COMP_WORDS[1]} == network ]]; then
         case $COMP_CWORD in
             2) _vmsilo_words 'list attach detach' ;;
+            3) _vmsilo_words "$(_vmsilo_names)" ;;
+        esac
+    elif [[ ${COMP_WORDS[1]} == disk ]]; then
+        case $COMP_CWORD in
+            2) _vmsilo_words 'list grow remove' ;;
             3) _vmsilo_words "$(_vmsilo_names)" ;;
         esac
     fi

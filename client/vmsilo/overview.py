@@ -24,6 +24,7 @@ Usage: vmsilo COMMAND [ARGUMENT]...
   pci ...                 the PCI devices of the host; see vmsilo pci --help
   usb ...                 USB devices of this computer in VMs; see vmsilo usb --help
   network ...             interfaces of running VMs; see vmsilo network --help
+  disk ...                the disks of VMs, made larger; see vmsilo disk --help
   version                 print the version
   help                    this text
 
@@ -64,6 +65,10 @@ def main(argv: list[str], place: Place) -> int:
         from vmsilo.network import main as main_network
 
         return main_network(arguments, place)
+    if command == "disk":
+        from vmsilo.disk import main as main_disk
+
+        return main_disk(arguments, place)
     if command not in ("list", "status"):
         raise UsageError(f"unknown command '{printable(command, 60)}'", "vmsilo help")
     options, rest = parse_options(arguments, ("--json", "--help", "-h"), ())

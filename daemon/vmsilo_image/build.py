@@ -227,6 +227,8 @@ def write_manifest(order: Order, ready: Path, kernel: KernelFacts, packages: int
         "built": built.isoformat(timespec="seconds"),
         "kernel": kernel.release,
         "pmem": kernel.pmem,
+        # Its init finds the overlay of its root and the kept paths on disks, by their serial numbers.
+        "disks": True,
         "packages": packages,
         "user": order.recipe.user,
         "uid": order.recipe.uid,

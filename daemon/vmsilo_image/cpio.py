@@ -20,9 +20,10 @@ MAGIC = b"070701"
 TRAILER = "TRAILER!!!"
 ALIGN = 4
 SECRET = re.compile(r"[0-9a-f]{64}")
-NETWORK_FILE = re.compile(r"(networkd\.conf\.d|network|resolved\.conf\.d)/[A-Za-z0-9][A-Za-z0-9._@+:-]*")
-MOUNT_FILE = re.compile(
-    r"system/([A-Za-z0-9_][A-Za-z0-9._:\\-]*\.mount|local-fs\.target\.d/[0-9a-z-]+\.conf)"
+_STEP = r"[A-Za-z0-9_\\][A-Za-z0-9._@+:\\-]*"
+NETWORK_FILE = re.compile(rf"(networkd\.conf\.d|network|resolved\.conf\.d)/{_STEP}")
+STORAGE_FILE = re.compile(
+    rf"init/{_STEP}|system/{_STEP}\.mount|system/(local-fs|multi-user)\.target\.d/[0-9a-z-]+\.conf"
 )
 LOGIN = re.compile(r"[a-z_][a-z0-9_-]{0,30}")
 
@@ -75,8 +76,10 @@ def secret_archive(
     secret_hex: str, ssh: SshKeys | None = None, network: Mapping[str, str] | None = None
 ) -> bytes:
     """What the host appends to an image's initrd for one boot: /vmsilo/secret, mode 0400, the keys below
-    /vmsilo/ssh, and `network`, files for /run/systemd by their path there. sshd reads authorized keys, which
-    are public, with the rights of the login; networkd and resolved have uids of their own, too."""
+    /vmsilo/ssh, and `network`, files for /run/systemd by their path there; below init/ those that init
+    itself reads. sshd reads authorized keys, which are public, with the rights of the login; networkd and
+    resolved have uids of their own, too.
+    """
     if not SECRET.fullmatch(secret_hex):
         raise ValueError("a secret is 64 lower-case hexadecimal digits")
     entries = [directory("vmsilo", 0o711), regular("vmsilo/secret", secret_hex.encode() + b"\n", 0o400)]
@@ -95,7 +98,7 @@ def _network_entries(network: Mapping[str, str]) -> list[Entry]:
     if not network:
         return []
     for name in network:
-        if not (NETWORK_FILE.fullmatch(name) or MOUNT_FILE.fullmatch(name)):
+        if not (NETWORK_FILE.fullmatch(name) or STORAGE_FILE.fullmatch(name)):
             raise ValueError(f"{name!r} is not the name of a file for a guest's /run/systemd")
     folders = sorted({str(folder) for name in network for folder in PurePosixPath(name).parents} - {"."})
     entries = [directory("vmsilo/systemd"), *(directory(f"vmsilo/systemd/{folder}") for folder in folders)]

@@ -46,9 +46,9 @@ WANTED_IF_THERE = ("pvpanic_mmio", "pvpanic_pci", *PMEM)
 NETWORK = ("virtio_net",)
 APPLETS = (
     *("cat", "chown", "cp", "cttyhack", "insmod", "ip", "ln", "mkdir", "mount", "mv", "poweroff", "rm"),
-    *("setsid", "sh", "switch_root", "usleep"),
+    *("setsid", "sh", "switch_root", "sync", "umount", "usleep"),
 )
-DIRECTORIES = ("bin", "dev", "modules", "new", "proc", "root", "rw", "sys")
+DIRECTORIES = ("bin", "dev", "modules", "new", "persist", "proc", "root", "rw", "sys")
 
 
 def build_initrd(root: Path, release: str, init: bytes) -> bytes:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmsilod import loop, ssh_login
 from vmsilod.bus.views import Reloaded, VmRemoved, printable
+from vmsilod.disks import Disks
 from vmsilod.errors import Busy, ConfigBroken, Denied, Failed, NotRunning, StartFailed, Timeout, VmsiloError
 from vmsilod.host import find_uid
 from vmsilod.hotplug import attach_interface, detach_interface, find_detached
@@ -54,6 +55,7 @@ class Lifecycle:
         publication: Publication,
     ) -> None:
         self.usb = holders.usb
+        self.disks = Disks(registry, lambda: runs.relay)
         self._registry = registry
         self._endings = holders.endings
         self._pci = holders.pci

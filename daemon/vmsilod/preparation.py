@@ -11,14 +11,14 @@ import secrets
 import socket
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inotify_simple import INotify, flags
 
 from vmsilod.errors import StartFailed
-from vmsilod.resources import image, image_check, record, rundir, ssh_keys, vhost_user, vsock
+from vmsilod.resources import disks, image, image_check, record, rundir, ssh_keys, vhost_user, vsock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -54,6 +54,7 @@ class Request:
     """Below the guest's /run, by name: of its interfaces (vmsilod.network.guest) and shares."""
     huge_root: int | None = None
     """The image's root in huge pages: an open descriptor of boot.version; not closed here."""
+    disks: disks.DiskRequest = field(default_factory=disks.DiskRequest)
 
     def fds(self) -> list[int]:
         return [] if self.huge_root is None else [self.huge_root]
@@ -79,6 +80,7 @@ class Acquired:
     root_huge: bool = False
     root_size: int = 0
     vhost_user_fds: list[int] = field(default_factory=list)
+    disks: list[disks.OpenDisk] = field(default_factory=list)
 
     def channel(self, uid: int) -> dict[str, Any]:
         """How the relay reaches the guest."""
@@ -95,7 +97,8 @@ class Acquired:
             self.device_fd,
             self.host_port_fd,
         )
-        return [*(fd for fd in every if fd is not None), *self.vhost_user_fds]
+        fds = [*(fd for fd in every if fd is not None), *self.vhost_user_fds]
+        return [*fds, *(disk.fd for disk in self.disks)]
 
 
 def acquire(request: Request) -> Acquired:
@@ -132,6 +135,10 @@ def acquire(request: Request) -> Acquired:
             vhost_user.require_disk_access(
                 files.root, root_fd, request.opens_as, writable=not request.root_readonly
             )
+        opened = []
+        for disk in disks.open_disks(request.name, *plan_disks(request, files)):
+            keep(disk.fd)
+            opened.append(disk)
         device_fd = host_port_fd = None
         if request.hybrid or request.builtin_vsock:
             cid = vsock.HYBRID_CID
@@ -152,7 +159,21 @@ def acquire(request: Request) -> Acquired:
             root_huge=request.huge_root is not None,
             root_size=os.fstat(root_fd).st_size,
             vhost_user_fds=vhost_user_fds,
+            disks=opened,
         )
+
+
+def plan_disks(request: Request, files: image.BootFiles) -> tuple[disks.DiskRequest, disks.Vmm]:
+    """What the image's first process knows to use. An older one's overlay is in the guest's memory."""
+    wanted = request.disks
+    if wanted.persist_size is not None and not files.disks:
+        raise StartFailed(
+            f"image '{request.boot.image}' was built by a vmsilo that did not have persist",
+            f"sudo vmsilo image build {request.boot.image}",
+        )
+    if not files.disks:
+        wanted = replace(wanted, overlay_size=None)
+    return wanted, disks.Vmm(request.uid, request.gid, request.opens_as, files.uid)
 
 
 def _open_vhost_user(request: Request) -> Iterator[int]:

@@ -13,9 +13,10 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from vmsilod import loop, preparation
+from vmsilod import disk_plans, loop, preparation
 from vmsilod.consoles import console_of, split_passed
 from vmsilod.control import Peer, Prepared
+from vmsilod.disk_claims import hold_disks
 from vmsilod.errors import BadRequest, ConfigBroken, StartFailed, VmsiloError
 from vmsilod.forwards import Forwards
 from vmsilod.host import find_uid, probe_host
@@ -30,7 +31,6 @@ from vmsilod.shares import Shares
 from vmsilod.units.render import vsock_unit
 from vmsilod.vmm import drivers
 from vmsilod.vmm.choose import TCG_WARNING, VmmKind, choose_vmm
-from vmsilod.vmm.crosvm import find_disk_format
 from vmsilod.vmm.errors import MonitorError
 
 if TYPE_CHECKING:
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from vmsilod.systemd import Systemd
 
 log = logging.getLogger(__name__)
-
-DISK_HEAD = 64  # bytes; the longest magic that crosvm knows is shorter
 
 
 class Runs:
@@ -141,11 +139,13 @@ class Runs:
         held, terminals = interfaces.fds(), list[int]()
         try:
             mounts = await self.shares.plan(config, request)
-            request = dataclasses.replace(request, guest_files=plan_guest_files(interfaces.ports) | mounts)
+            files = plan_guest_files(interfaces.ports) | disk_plans.plan_guest_files(config) | mounts
+            request = dataclasses.replace(request, guest_files=files)
             request = await self._hugepages.lease(vm, config, request)
             held += request.fds()
             acquired = await loop.in_worker(preparation.acquire, request)
             held += acquired.fds()
+            await hold_disks(self._registry, vm, acquired, root_writable=not config.root_disk_readonly)
             listeners, journal = split_passed(fds)
             if vm.debug:
                 terminals = self.debug_terminals.pop(vm.name, [])
@@ -159,8 +159,6 @@ class Runs:
             await self._forwards.open(vm, config)
             shared = await self.shares.open(vm, acquired, request)
             held += [device.fd for device in shared]
-            if choice.kind is VmmKind.CROSVM and not config.root_disk_readonly:
-                await loop.in_worker(refuse_foreign_format, acquired.root_fd)
             planned = driver.plan_launch(
                 shape_of(config, interfaces.ports),
                 dataclasses.replace(
@@ -363,13 +361,3 @@ class Runs:
     async def agree_with_relay(self) -> None:
         """After each (re)connection."""
         self._vsock_listening = await agree_with_relay(self.relay, self._registry, self._on_change)
-
-
-def refuse_foreign_format(fd: int) -> None:
-    """crosvm finds out a disk's format by its first bytes, and those of a writable disk are the guest's."""
-    found = find_disk_format(os.pread(fd, DISK_HEAD, 0))
-    if found is not None:
-        raise StartFailed(
-            f"the writable root disk begins like a {found} image: crosvm would open what it names",
-            'its guest may be hostile; look at the disk, or run it with vmm = "qemu"',
-        )

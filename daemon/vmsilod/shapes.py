@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vmsilod.disk_plans import plan_devices, plan_request
 from vmsilod.errors import StartFailed
 from vmsilod.host import LIBDIR, find_uid
 from vmsilod.network.guest import plan_ifnames
@@ -77,6 +78,7 @@ def request_of(config: VmConfig, peer: Peer, kind: VmmKind, host: Host) -> Reque
         vhost_user=tuple(device.socket for device in config.vhost_user),
         ssh=config.ssh,
         owner=find_uid(config.user),
+        disks=plan_request(config),
     )
 
 
@@ -100,6 +102,7 @@ def leases_of(config: VmConfig, peer: Peer, acquired: Acquired, kind: VmmKind, h
             size=acquired.root_size,
         ),
         vhost_user_fds=tuple(acquired.vhost_user_fds),
+        disks=plan_devices(acquired.disks),
     )
 
 

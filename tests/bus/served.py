@@ -19,7 +19,7 @@ from gi.repository import GLib
 from vmsilod import loop
 from vmsilod.bus.polkit import Limits, Polkit
 from vmsilod.bus.service import connect, serve
-from vmsilod.bus.views import Change, NetworkView, Reloaded, UsbView, VmRemoved, VmView
+from vmsilod.bus.views import Change, DiskView, NetworkView, Reloaded, UsbView, VmRemoved, VmView
 from vmsilod.errors import BadRequest, Busy, ConfigBroken, NoSuchVm, NotRunning, StartFailed, Timeout
 from vmsilod.pci.address import parse_address
 from vmsilod.pci.ledger import PciView
@@ -73,10 +73,34 @@ class DisposablesInMemory:
         return f"{request.template or 'default'}-d000001", [request.name, str(request.network), shared]
 
 
+class DisksInMemory:
+    """One disk, which grows until it is removed."""
+
+    def __init__(self, vms: VmsInMemory) -> None:
+        self.vms = vms
+        self.size = 1 << 30
+
+    async def list_disks(self, name: str) -> Sequence[DiskView]:
+        return [
+            DiskView(name or "banking", "data", "/srv/a\x1bb.img", "idle", size=self.size, mount="/data")
+        ]
+
+    async def grow(self, name: str, disk: str, size: int) -> None:
+        self.vms.find(name)
+        if size <= self.size:
+            raise BadRequest(f"{disk} never shrinks")
+        self.size = size
+
+    async def remove(self, name: str, disk: str) -> None:
+        if disk != "persist":
+            raise BadRequest("not vmsilo's")
+
+
 class VmsInMemory:
     def __init__(self) -> None:
         self.disposables = DisposablesInMemory()
         self.usb = UsbInMemory(self)
+        self.disks = DisksInMemory(self)
         self.views = {name: VmView(name, "stopped", memory=512, color="red") for name in ORDINARY}
         self.views |= {name: VmView(name, "stopped", status="a\x1b[31m\udc80b") for name in FAILURES}
         self.attached: set[str] = set()

@@ -44,6 +44,7 @@ HOST_PACKAGES = [
     "make",
     "mmdebstrap",
     "erofs-utils",
+    "e2fsprogs",
     "strace",
     "less",
     "ca-certificates",

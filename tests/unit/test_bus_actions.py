@@ -21,7 +21,7 @@ INTERFACE = ET.parse(TREE / "daemon/vmsilod/bus/org.vmsilo1.xml").getroot()
 POLICY = ET.parse(TREE / "polkit/org.vmsilo1.policy").getroot()
 
 DEVICE = "0000:01:00.0"
-SAMPLES = {"s": "banking", "a{sv}": {}, "u": 2048, "as": ["ls"], "h": 0}
+SAMPLES = {"s": "banking", "a{sv}": {}, "u": 2048, "t": 1 << 34, "as": ["ls"], "h": 0}
 
 
 def declared_calls() -> list[Message]:

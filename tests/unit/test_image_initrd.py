@@ -110,7 +110,8 @@ def test_network_files_travel_with_the_secret() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "x", "network/", "network/../x", "network/a/b", "system/a.service", "system/x/a.mount"]
+    "name",
+    ["", "x", "network/", "network/../x", "network/a/b", "system/a.service", "system/x/a.mount", "other/a"],
 )
 def test_only_network_configuration_travels_as_such(name: str) -> None:
     with pytest.raises(ValueError, match="not the name of a file"):

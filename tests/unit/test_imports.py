@@ -37,7 +37,7 @@ LAYERS = (
     {"vmsilod.network"},
     {"vmsilod.registry", "vmsilod.order_socket"},
     {"vmsilod.consoles", "vmsilod.relay_client", "vmsilod.control", "vmsilod.preparation", "vmsilod.watch"},
-    {"vmsilod.image_watch"},
+    {"vmsilod.image_watch", "vmsilod.disk_plans", "vmsilod.disk_claims"},
     {
         "vmsilod.hugepages",
         "vmsilod.shapes",
@@ -49,7 +49,7 @@ LAYERS = (
         *("vmsilod.spawning", "vmsilod.ssh_login", "vmsilod.vm_view", "vmsilod.publication"),
         "vmsilod.endings",
     },
-    {"vmsilod.usb", "vmsilod.hotplug"},
+    {"vmsilod.usb", "vmsilod.hotplug", "vmsilod.disks"},
     {"vmsilod.holders", "vmsilod.forwards", "vmsilod.shares"},
     {"vmsilod.runs"},
     {"vmsilod.lifecycle"},

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
-from vmsilo_image.cpio import MOUNT_FILE
+from vmsilo_image.cpio import STORAGE_FILE
 from vmsilo_share.home import HomeError, make_home
 from vmsilod.config import VmConfig
 from vmsilod.config.schema import GlobalConfig, VmFile
@@ -188,7 +188,7 @@ def test_mount_units() -> None:
     ]
     assert "Where=/data/my-files 100%%\n" in files["system/data-my\\x2dfiles\\x20100\\x25.mount"]
     assert "Options=nosuid,nodev,ro\n" in files["system/data-my\\x2dfiles\\x20100\\x25.mount"]
-    assert all(MOUNT_FILE.fullmatch(name) for name in files)
+    assert all(STORAGE_FILE.fullmatch(name) for name in files)
     assert plan_mounts([]) == {}
     assert mount_unit("/.x/ä") == "\\x2ex-\\xc3\\xa4.mount"
 

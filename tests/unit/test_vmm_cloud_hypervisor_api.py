@@ -18,7 +18,7 @@ from vmsilod.vmm.errors import (
     MonitorTimeout,
     MonitorUnreachable,
 )
-from vmsilod.vmm.monitor import BalloonState, MemoryState
+from vmsilod.vmm.monitor import BalloonState, DiskPlace, MemoryState
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,6 +38,10 @@ def path(tmp_path: Path) -> Path:
         (lambda m: m.resume(), ("PUT", "vm.resume", None)),
         (lambda m: m.set_balloon(64 * MIB), ("PUT", "vm.resize", {"desired_balloon": 64 * MIB})),
         (lambda m: m.resize_memory(2048 * MIB), ("PUT", "vm.resize", {"desired_ram": 2048 * MIB})),
+        (
+            lambda m: m.resize_disk(DiskPlace("data", 2), 64 * MIB),
+            ("PUT", "vm.resize-disk", {"id": "disk-data", "desired_size": 64 * MIB}),
+        ),
     ],
 )
 def test_each_order_is_one_request(path: Path, call: Any, request_: tuple[str, str, Any]) -> None:

@@ -20,7 +20,7 @@ from vmsilod.vmm.errors import (
     MonitorTimeout,
     MonitorUnreachable,
 )
-from vmsilod.vmm.monitor import AttachedUsb, UsbMonitor
+from vmsilod.vmm.monitor import AttachedUsb, DiskPlace, UsbMonitor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -92,6 +92,15 @@ def test_balloon(path: Path) -> None:
         None,
         None,
     )
+
+
+def test_disk_is_resized_by_its_place_in_the_argv(path: Path) -> None:
+    with crosvm_that_answers(path, "Ok", {"Err": errno.EIO}) as requests:
+        CrosvmMonitor(path).resize_disk(DiskPlace("data", 2), 1 << 30)
+        with pytest.raises(MonitorRefused):
+            CrosvmMonitor(path).resize_disk(DiskPlace("data", 2), 1 << 30)
+    # As `crosvm disk resize 2 1073741824 SOCKET` sends it.
+    assert requests[0] == {"DiskCommand": {"disk_index": 2, "command": {"Resize": {"new_size": 1 << 30}}}}
 
 
 def usb(answer: object) -> dict[str, object]:

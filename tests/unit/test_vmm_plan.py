@@ -376,21 +376,3 @@ def test_control_characters_in_a_socket_path_are_refused() -> None:
     leases = replace(LEASES, vsock=HybridVsock(42, "/run/a\nb"))
     with pytest.raises(BadOptionValue):
         crosvm.plan_launch(VM, leases, console=Console.NONE, binary="crosvm")
-
-
-@pytest.mark.parametrize(
-    ("head", "expected"),
-    [
-        (b"QFI\xfb\0\0\0\3", "qcow2"),
-        (b"composite_disk\x1d\0", "crosvm composite disk"),
-        (b"\x3a\xff\x26\xed", "Android sparse image"),
-        (b"\x28\xb5\x2f\xfd", "zstd"),
-        (b"\x5f\x2a\x4d\x18", "zstd"),
-        (b"\x60\x2a\x4d\x18", None),
-        (bytes(512), None),
-        (b"", None),
-        (b"QFI", None),
-    ],
-)
-def test_disk_format_that_crosvm_would_detect(head: bytes, expected: str | None) -> None:
-    assert crosvm.find_disk_format(head) == expected

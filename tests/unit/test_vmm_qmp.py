@@ -16,7 +16,7 @@ from vmsilod.vmm.errors import (
     MonitorTimeout,
     MonitorUnreachable,
 )
-from vmsilod.vmm.monitor import MemoryState
+from vmsilod.vmm.monitor import DiskPlace, MemoryState
 from vmsilod.vmm.qmp import HOTPLUG_ID, MAX_LINE, QemuMonitor
 
 if TYPE_CHECKING:
@@ -81,6 +81,13 @@ def test_orders(path: Path, method: str, command: str) -> None:
     with qemu_that_answers(path, {command: [EVENT, OK]}) as requests:
         getattr(QemuMonitor(path), method)()
     assert requests == [{"execute": "qmp_capabilities"}, {"execute": command}]
+
+
+def test_disk_is_resized_by_its_name(path: Path) -> None:
+    with qemu_that_answers(path, {"block_resize": [EVENT, OK]}) as requests:
+        QemuMonitor(path).resize_disk(DiskPlace("data", 2), 1 << 30)
+    arguments = {"node-name": "disk-data", "size": 1 << 30}
+    assert requests[1] == {"execute": "block_resize", "arguments": arguments}
 
 
 def test_status(path: Path) -> None:

@@ -28,8 +28,9 @@ RELOAD = "org.vmsilo1.reload"
 MANAGE_DEVICES = "org.vmsilo1.manage-devices"
 CREATE_DISPOSABLE = "org.vmsilo1.create-disposable"
 SHARE_DIRECTORY = "org.vmsilo1.share-directory"
+MANAGE_DISKS = "org.vmsilo1.manage-disks"
 ACTIONS = (
-    *(VIEW, START, STOP, KILL, RUN, RUN_AS_ROOT, DEBUG, RELOAD, MANAGE_DEVICES),
+    *(VIEW, START, STOP, KILL, RUN, RUN_AS_ROOT, DEBUG, RELOAD, MANAGE_DEVICES, MANAGE_DISKS),
     *(CREATE_DISPOSABLE, SHARE_DIRECTORY),
 )
 
@@ -118,6 +119,17 @@ def _of_usb(message: Message) -> Need:
     return Need((MANAGE_DEVICES,), {**vm, "device": describe_command([address])})
 
 
+def _of_listed(message: Message) -> Need:
+    """The name may be "", for all VMs."""
+    (name,) = message.arguments
+    return Need((VIEW,), {"vm": check_name(name)} if name else {})
+
+
+def _of_disk(message: Message) -> Need:
+    name, disk = message.arguments[:2]
+    return Need((MANAGE_DISKS,), {"vm": check_name(name), "disk": describe_command([disk])})
+
+
 def _of_interface(message: Message) -> Need:
     *name, interface = message.arguments
     vm = check_name(name[0]) if message.vm is None else message.vm
@@ -164,6 +176,9 @@ _TABLE: dict[tuple[str, str], Callable[[Message], Need]] = {
     (MANAGER_INTERFACE, "AttachUsb"): _of_usb,
     (MANAGER_INTERFACE, "DetachUsb"): _of_usb,
     (MANAGER_INTERFACE, "ReleaseUsb"): _of_usb,
+    (MANAGER_INTERFACE, "ListDisks"): _of_listed,
+    (MANAGER_INTERFACE, "GrowDisk"): _of_disk,
+    (MANAGER_INTERFACE, "RemoveDisk"): _of_disk,
     (VM_INTERFACE, "Start"): _of_all(START),
     (VM_INTERFACE, "Stop"): _of_all(STOP),
     (VM_INTERFACE, "Kill"): _of_all(KILL),

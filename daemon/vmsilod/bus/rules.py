@@ -42,6 +42,9 @@ polkit.addRule(function (action, subject) {
     case "org.vmsilo1.create-disposable":
     case "org.vmsilo1.share-directory":
         return polkit.Result.YES;
+    // Larger disks for the user's own VMs, and an end of what they keep.
+    case "org.vmsilo1.manage-disks":
+        return polkit.Result.YES;
     }
     return polkit.Result.NOT_HANDLED;
 });

@@ -28,6 +28,7 @@ from vmsilod.bus.views import (
     VmRemoved,
     VmView,
     find_changes,
+    pack_disk,
     pack_network,
     pack_pci,
     pack_properties,
@@ -194,6 +195,15 @@ class RootObject:
 
     async def ReleaseUsb(self, _call: Call, device: str) -> None:
         await self._domain.usb.release(device)
+
+    async def ListDisks(self, _call: Call, name: str) -> list[dict[str, GLib.Variant]]:
+        return [pack_disk(view) for view in await self._domain.disks.list_disks(name)]
+
+    async def GrowDisk(self, _call: Call, name: str, disk: str, size: int) -> None:
+        await self._domain.disks.grow(name, disk, size)
+
+    async def RemoveDisk(self, _call: Call, name: str, disk: str) -> None:
+        await self._domain.disks.remove(name, disk)
 
     async def StartDebug(self, call: Call, name: str, *handles: int) -> str:
         fds: list[int] = []

@@ -95,6 +95,24 @@ class NetworkView:
 
 
 @dataclass(frozen=True)
+class DiskView:
+    """A VM's disk beside its root. `state` is for people: in use, idle, not created (the next start makes
+    it), missing, ephemeral (gone with each run), left behind (its VM is configured no more). Sizes are
+    bytes; `allocated` is what the file takes of the host's disk.
+    """
+
+    vm: str
+    id: str
+    path: str
+    state: str
+    size: int = 0
+    allocated: int = 0
+    format: str = "raw"
+    readonly: bool = False
+    mount: str = ""
+
+
+@dataclass(frozen=True)
 class VmRemoved:
     name: str
 
@@ -130,6 +148,17 @@ class DisposableDomain(Protocol):
         """A name, and what it lacks of its template, for people. It lives until the connection of the
         request has gone; the descriptor of a shared directory stays the caller's.
         """
+
+
+class DiskDomain(Protocol):
+    """The disks of VMs, as Domain."""
+
+    async def list_disks(self, name: str) -> Sequence[DiskView]:
+        """Of one VM, or of all for ""."""
+
+    async def grow(self, name: str, disk: str, size: int) -> None: ...
+
+    async def remove(self, name: str, disk: str) -> None: ...
 
 
 class Domain(Protocol):
@@ -187,6 +216,8 @@ class Domain(Protocol):
 
     @property
     def disposables(self) -> DisposableDomain: ...
+    @property
+    def disks(self) -> DiskDomain: ...
 
     def subscribe(self, callback: Callable[[Change], None]) -> Callable[[], None]:
         """Call back on the loop after every change, until the returned function is called."""
@@ -256,6 +287,23 @@ _NETWORK_ENTRIES: dict[str, tuple[str, str]] = {
 
 def pack_network(view: NetworkView) -> dict[str, GLib.Variant]:
     return {name: _pack(kind, getattr(view, field)) for name, (kind, field) in _NETWORK_ENTRIES.items()}
+
+
+_DISK_ENTRIES: dict[str, tuple[str, str]] = {
+    "Vm": ("s", "vm"),
+    "Id": ("s", "id"),
+    "Path": ("s", "path"),
+    "State": ("s", "state"),
+    "Size": ("t", "size"),
+    "Allocated": ("t", "allocated"),
+    "Format": ("s", "format"),
+    "Readonly": ("b", "readonly"),
+    "Mount": ("s", "mount"),
+}
+
+
+def pack_disk(view: DiskView) -> dict[str, GLib.Variant]:
+    return {name: _pack(kind, getattr(view, field)) for name, (kind, field) in _DISK_ENTRIES.items()}
 
 
 _USB_PROPERTIES: dict[str, tuple[str, str]] = {

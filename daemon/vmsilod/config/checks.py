@@ -11,6 +11,7 @@ import pwd
 import stat
 from typing import TYPE_CHECKING
 
+from vmsilod.config import disks
 from vmsilod.config.problems import Problem
 from vmsilod.vmm import vhost_user
 from vmsilod.vmm.launch import VhostUserDevice
@@ -100,7 +101,10 @@ def check_vmm(vm: VmFile, vmm: str, find_origin: Callable[[tuple[str, ...]], str
         if fault := vhost_user.find_fault(shape, vmm):
             fact, hint = fault
             problems.append(Problem(find_origin(("vhost_user",)), "vhost_user", fact, hint, vm=vm.name))
-    return problems
+    faults = disks.find_faults(
+        vm, root_readonly=vm.root_disk_readonly, own_boot=bool(vm.kernel or vm.initramfs), vmm=vmm
+    )
+    return problems + disks.check_disks(vm.name, faults, find_origin)
 
 
 def _find_memory_fault(memory: int, maximum: int, vmm: str) -> tuple[str, str]:

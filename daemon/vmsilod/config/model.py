@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
+from vmsilod.config.disks import DiskOptions
 from vmsilod.config.image_options import ImageName, ImageOptions, resolve_image
 from vmsilod.config.network import NetworkOptions
 from vmsilod.config.schema import (
@@ -35,7 +36,6 @@ from vmsilod.config.schema import (
     VmNames,
 )
 from vmsilod.config.shares import SharedDirectories, SharedHome
-from vmsilod.config.table import Table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 _OUTSIDE_DIGEST = {"sources", "auto_start", "restart", "usb_devices", "image_options"}
 
 
-class VmConfig(Table):
+class VmConfig(DiskOptions):
     """Everything that the files say about one VM; `vmm` may still be "auto", `sources` are those files.
 
     `template`: no file says this one; it is a disposable that was made of the VM of that name.

@@ -21,13 +21,11 @@ UNITS: Mapping[str, str] = {"memory": " MiB", "start_timeout": " seconds", "stop
 # Options of the reference project whose feature this version does not have: a spelling hint would mislead.
 NOT_YET = frozenset(
     {
-        "additional_disks",
         "auto_shutdown",
         "balloond",
         "gpu",
         "guest_config",
         "guest_programs",
-        "root_overlay",
         "sound",
         "vhost_user",
         "vm_switch",

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from vmsilod.config.color import parse_color
+from vmsilod.config.disks import DiskOptions
 from vmsilod.config.disposables import DisposableOptions
 from vmsilod.config.image_options import GlobalImage, VmImage, expand_image
 from vmsilod.config.network import HostNetworkingOptions, NetworkOptions
@@ -303,7 +304,7 @@ class GlobalConfig(Table):
     stop_timeout: Seconds = 30
 
 
-class VmFile(Table):
+class VmFile(DiskOptions):
     """vms.d/NAME.toml as written; `model.py` makes the VmConfig of it."""
 
     name: VmName

@@ -43,6 +43,8 @@ class BootFiles:
     login: str = "user"  # the guest's user, as the image's manifest says
     folder: Path | None = None  # of the version, where anything is of the image
     uid: int = 1000  # and their number
+    disks: bool = False
+    """Its initrd is the image's, which says that it finds overlay and kept paths on disks."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ def find_boot_files(choice: BootChoice, images: Path = IMAGES_DIR) -> BootFiles:
         login=login,
         folder=base if needs_image else None,
         uid=uid,
+        disks=not (own_kernel or choice.initramfs) and manifest.get("disks") is True,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from vmsilod.errors import Failed
@@ -26,7 +26,8 @@ class Record:
     the JSON of the configuration that it was started with, `login` and `guest_uid` the guest's user,
     `version` that of its image ("" before it has any files, "custom" if none of them is the image's).
     `ran`: the VMM has got as far as running the guest; `stopping`: somebody asked for the end; `hugepages`:
-    IMAGE/VERSION of the image that it uses or is about to use in huge pages.
+    IMAGE/VERSION of the image that it uses or is about to use in huge pages; `disks`: of each that it has
+    (resources.disks.key_of), whether it writes.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Record:
     ran: bool = False
     stopping: bool = False
     hugepages: str = ""
+    disks: dict[str, bool] = field(default_factory=dict)
 
 
 def save_record(record: Record, directory: Path = STATE_DIR) -> None:
@@ -64,7 +66,7 @@ def load_records(directory: Path = STATE_DIR) -> dict[str, Record]:
     records = {}
     for path in sorted(directory.glob("*.json")) if directory.is_dir() else ():
         try:
-            known = {field.name for field in fields(Record)}
+            known = {each.name for each in fields(Record)}
             content = {key: value for key, value in json.loads(path.read_text()).items() if key in known}
             record = Record(**content)
         except (OSError, ValueError, TypeError, AttributeError) as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 from typing import TYPE_CHECKING
 
+from vmsilod.vmm.disks import plan_cloud_hypervisor as plan_disks
 from vmsilod.vmm.errors import BadOptionValue, LaunchRefused
 from vmsilod.vmm.escape import quote_cloud_hypervisor
 from vmsilod.vmm.kernel_params import plan_kernel_params
@@ -56,6 +57,7 @@ def plan_launch(vm: VmShape, leases: Leases, *, console: Console, binary: str) -
     argv += ["--serial", "tty" if console is Console.STDIO else "null"]
     argv += _vsock_args(leases)
     argv += _disk_args(leases.root, fds)
+    argv += [word for value in plan_disks(leases, fds) for word in ("--disk", value)]
     argv += plan_net(leases, fds)
     argv += plan_vhost_user(vm, leases, fds)
     argv += plan_shares(leases, fds)

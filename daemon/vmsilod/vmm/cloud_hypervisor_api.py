@@ -13,6 +13,7 @@ import socket
 import time
 from typing import TYPE_CHECKING, Any
 
+from vmsilod.vmm.disks import disk_id
 from vmsilod.vmm.errors import (
     MonitorClosed,
     MonitorError,
@@ -21,7 +22,7 @@ from vmsilod.vmm.errors import (
     MonitorTimeout,
     MonitorUnreachable,
 )
-from vmsilod.vmm.monitor import DEFAULT_TIMEOUT, BalloonState, MemoryState
+from vmsilod.vmm.monitor import DEFAULT_TIMEOUT, BalloonState, DiskPlace, MemoryState
 from vmsilod.vmm.net import check_device
 
 if TYPE_CHECKING:
@@ -68,6 +69,9 @@ class CloudHypervisorMonitor:
         # there, too, and the balloon is never larger than it was asked to be.
         missing = info.size + info.hotplugged - info.actual
         return BalloonState(balloon=min(max(missing, 0), info.balloon))
+
+    def resize_disk(self, place: DiskPlace, size: int) -> None:
+        self.request("PUT", "vm.resize-disk", {"id": disk_id(place.serial), "desired_size": size})
 
     def resize_memory(self, size: int) -> None:
         self.request("PUT", "vm.resize", {"desired_ram": size})

@@ -11,6 +11,7 @@ import re
 import signal
 from typing import TYPE_CHECKING
 
+from vmsilod.vmm.disks import plan_crosvm as plan_disks
 from vmsilod.vmm.errors import BadOptionValue, LaunchRefused
 from vmsilod.vmm.escape import check_argument, quote_crosvm
 from vmsilod.vmm.kernel_params import plan_kernel_params
@@ -67,6 +68,7 @@ def plan_launch(vm: VmShape, leases: Leases, *, console: Console, binary: str) -
     argv += ["--pivot-root", check_argument(leases.empty_dir)]
     argv += _vsock_args(leases, fds)
     argv += _disk_args(leases.root, fds)
+    argv += plan_disks(leases, fds)
     argv += plan_net(leases, fds)
     argv += plan_vhost_user(vm, leases, fds)
     argv += plan_shares(leases, fds)
@@ -140,29 +142,6 @@ def _check_extra_args(vm: VmShape) -> None:
                 f"the crosvm arguments of {vm.name} turn crosvm's sandbox off",
                 "remove --disable-sandbox; vmsilo never runs crosvm without its sandbox",
             )
-
-
-FOREIGN_MAGIC = (
-    (b"QFI\xfb", "qcow2"),
-    (b"composite_disk\x1d", "crosvm composite disk"),
-    (b"\x3a\xff\x26\xed", "Android sparse image"),
-    (b"\x28\xb5\x2f\xfd", "zstd"),
-)
-
-
-def find_disk_format(head: bytes) -> str | None:
-    """The format other than raw that crosvm would take a disk with these first bytes for (disk/src/disk.rs);
-    17 suffice.
-
-    crosvm has no way to be told `raw`. A guest can write such a header to a raw disk of its own, and crosvm
-    would then open the host file that it names: whoever opens a writable disk for crosvm calls this first,
-    at every start, and refuses what has one.
-    """
-    for magic, name in FOREIGN_MAGIC:
-        if head.startswith(magic):
-            return name
-    skippable = len(head) >= 4 and 0x184D2A50 <= int.from_bytes(head[:4], "little") <= 0x184D2A5F
-    return "zstd" if skippable else None
 
 
 def explain_exit(code: int | None, number: int | None, *, guest_ran: bool = False) -> Outcome:

@@ -22,7 +22,7 @@ from vmsilod.vmm.errors import (
     MonitorTimeout,
     MonitorUnreachable,
 )
-from vmsilod.vmm.monitor import DEFAULT_TIMEOUT, AttachedUsb, BalloonState, MemoryState
+from vmsilod.vmm.monitor import DEFAULT_TIMEOUT, AttachedUsb, BalloonState, DiskPlace, MemoryState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -124,6 +124,10 @@ class CrosvmMonitor:
         if not isinstance(reply, dict) or "UsbResponse" not in reply:
             raise MonitorGarbled(f"crosvm answered a USB request with {_shorten(reply)}")
         return reply["UsbResponse"]
+
+    def resize_disk(self, place: DiskPlace, size: int) -> None:
+        command = {"disk_index": place.index, "command": {"Resize": {"new_size": size}}}
+        self._order({"DiskCommand": command})
 
     def resize_memory(self, size: int) -> None:
         raise MonitorRefused(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vmsilod.vmm.disks import OVERLAY_SERIAL
 from vmsilod.vmm.errors import BadOptionValue, LaunchRefused
 from vmsilod.vmm.launch import HOST_CID, HOST_PORT, Console
 
@@ -26,6 +27,7 @@ def plan_kernel_params(
     """The whole line. The user's own come last, so that they win where the kernel takes the last of two."""
     params = [*vmm_params, *_console_params(console), *_guest_params(vm.name), *_root_params(leases.root)]
     params += _hotplug_params(vm)
+    params += _overlay_params(leases)
     params += [f"vmsilo.ifname={_check_param(name)},{mac}" for name, mac in vm.ifnames]
     params += [_check_param(param) for param in vm.kernel_params]
     line = " ".join(params)
@@ -61,6 +63,11 @@ def _root_params(root: Disk | None) -> tuple[str, ...]:
         return ()
     device = "/dev/pmem0" if root.pmem else "/dev/vda"
     return (f"vmsilo.root={device}", "ro" if root.readonly else "rw")
+
+
+def _overlay_params(leases: Leases) -> tuple[str, ...]:
+    # Without a word an image's init makes one in the guest's memory.
+    return ("vmsilo.overlay=disk",) if any(disk.serial == OVERLAY_SERIAL for disk in leases.disks) else ()
 
 
 def _hotplug_params(vm: VmShape) -> tuple[str, ...]:

@@ -142,6 +142,22 @@ class Disk:
 
 
 @dataclass(frozen=True)
+class DiskDevice:
+    """A disk beside the root, by descriptor, opened as Disk's. The guest finds it by `serial`. `lock`: the
+    VMM may lock it too. Its content has been checked to be of `format`.
+    """
+
+    fd: int
+    serial: str
+    readonly: bool = False
+    format: Literal["raw", "qcow2"] = "raw"
+    sparse: bool = True
+    direct: bool = False
+    lock: bool = True
+    block_size: int = 512
+
+
+@dataclass(frozen=True)
 class NetDevice:
     """A network interface: the open queues of one TAP or macvtap. The VMM gets no right to open another."""
 
@@ -203,6 +219,8 @@ class Leases:
     nets: tuple[NetDevice, ...] = ()
     """In the order of the configuration."""
     shares: tuple[ShareDevice, ...] = ()
+    disks: tuple[DiskDevice, ...] = ()
+    """Behind the root."""
 
 
 @dataclass(frozen=True)

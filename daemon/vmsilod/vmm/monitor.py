@@ -31,6 +31,14 @@ class BalloonState:
 
 
 @dataclass(frozen=True)
+class DiskPlace:
+    """Which of a VM's virtio disks: its serial number, and how many come before it in the argv."""
+
+    serial: str
+    index: int
+
+
+@dataclass(frozen=True)
 class MemoryState:
     """Bytes. `requested` is what the guest is asked to use, `actual` what it has plugged in, `maximum` what
     it could.
@@ -67,6 +75,9 @@ class MonitorClient(Protocol):
         """Asks the guest to plug memory in or out until it has `size` bytes in all."""
 
     def memory_state(self) -> MemoryState: ...
+
+    def resize_disk(self, place: DiskPlace, size: int) -> None:
+        """A disk grows to `size` bytes, its file too, and the guest is told."""
 
     def attach_net(self, net: NetDevice) -> None:
         """Plugs a network interface in; its descriptors stay the caller's."""

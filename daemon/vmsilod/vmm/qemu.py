@@ -10,6 +10,7 @@ from __future__ import annotations
 import signal
 from typing import TYPE_CHECKING
 
+from vmsilod.vmm.disks import plan_qemu as plan_disks
 from vmsilod.vmm.errors import BadOptionValue, LaunchRefused
 from vmsilod.vmm.escape import check_argument, quote_qemu
 from vmsilod.vmm.kernel_params import plan_kernel_params
@@ -72,6 +73,7 @@ def plan_launch(vm: VmShape, leases: Leases, *, console: Console, binary: str) -
     bus = "device" if machine == "microvm" else "pci"
     # The first virtio-blk device is the guest's vda.
     argv += _disk_args(leases.root, fds, bus)
+    argv += plan_disks(leases, fds, bus)
     argv += _vsock_args(leases, fds, bus)
     argv += _hotplug_args(vm)
     argv += plan_net(leases, fds, machine)

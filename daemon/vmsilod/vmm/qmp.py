@@ -13,6 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from vmsilod.vmm import qmp_net, qmp_usb
+from vmsilod.vmm.disks import disk_id
 from vmsilod.vmm.errors import (
     MonitorClosed,
     MonitorError,
@@ -21,7 +22,7 @@ from vmsilod.vmm.errors import (
     MonitorTimeout,
     MonitorUnreachable,
 )
-from vmsilod.vmm.monitor import DEFAULT_TIMEOUT, AttachedUsb, BalloonState, MemoryState
+from vmsilod.vmm.monitor import DEFAULT_TIMEOUT, AttachedUsb, BalloonState, DiskPlace, MemoryState
 from vmsilod.vmm.net import check_device
 
 if TYPE_CHECKING:
@@ -101,6 +102,9 @@ class QemuMonitor:
     def detach_net(self, device: str) -> None:
         with _Session(self._path, self._timeout) as session:
             qmp_net.detach(session, device)
+
+    def resize_disk(self, place: DiskPlace, size: int) -> None:
+        self.execute("block_resize", {"node-name": disk_id(place.serial), "size": size})
 
     def resize_memory(self, size: int) -> None:
         with _Session(self._path, self._timeout) as session:

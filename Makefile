@@ -60,6 +60,9 @@ demo: venv ## install vmsilo in a container host and show a real VM answering vm
 demo-network: venv ## show what three VMs reach: the internet through NAT, each other, and nothing else
 	$(RUN)/python -m hosts.demo_network
 
+demo-storage: venv ## show what a VM keeps and what it forgets: homes, disks, disposables, the current directory
+	$(RUN)/python -m hosts.demo_storage
+
 bench: venv ## measure, side by side in one run; see docs/performance.md
 	$(RUN)/python -m bench
 
@@ -150,6 +153,6 @@ uninstall: ## remove what install put there; configuration and images stay
 		$(DESTDIR)/usr/share/polkit-1/actions/org.vmsilo1.policy $(DESTDIR)/etc/polkit-1/rules.d/50-vmsilo.rules
 	[ ! -d /run/systemd/system ] || systemctl daemon-reload
 
-.PHONY: help packages venv test fast lint demo demo-network demo-lab bench lab-bench lab-test lab-shell shell clean install \
+.PHONY: help packages venv test fast lint demo demo-network demo-storage demo-lab bench lab-bench lab-test lab-shell shell clean install \
 	uninstall
 export PYTHONPATH := daemon:client:guest:tests

@@ -160,7 +160,7 @@ def find_source(boot: image.BootChoice, images: Path = image.IMAGES_DIR) -> Sour
     """Blocks."""
     files = image.find_boot_files(boot, images)
     manifest = json.loads((files.root.parent / "manifest.json").read_text())
-    digests = manifest.get("digests", manifest.get("sha256", {}))
+    digests = manifest.get("sha256", {})
     return Source(boot.image, files.version, files.root, str(digests.get(files.root.name, "")))
 
 

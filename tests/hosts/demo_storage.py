@@ -25,7 +25,7 @@ memory = 768
 cpus = 1
 root_overlay.size = "2G"
 persist = ["/etc/ssh"]
-shared_directories = [{ path = "/srv/papers", readonly = true }]
+shared_directories = [{ path = "/srv/papers", tag = "papers", readonly = true }]
 
 [[additional_disks]]
 path = "/srv/data.img"

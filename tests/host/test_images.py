@@ -98,15 +98,8 @@ def test_a_switch_is_seen_at_once_and_holds_for_the_next_start(site: Site, image
     other = site.running()
     assert site.show(name)["ImageVersion"] == FIRST
     assert not site.show(name)["RestartNeeded"]
-    match = "type='signal',sender='org.vmsilo1',member='PropertiesChanged'"
-    with site.spawn("timeout", "4", "dbus-monitor", "--system", match, user="root", stdout=-1) as monitor:
-        assert monitor.stdout is not None
-        monitor.stdout.readline()  # it listens
-        site.make_image(image, SECOND)
-        wait_for_restart_needed(site, name, needed=True)
-        heard = monitor.stdout.read().decode()
-    assert '"RestartNeeded"' in heard
-    assert '"RestartReasons"' in heard
+    site.make_image(image, SECOND)
+    wait_for_restart_needed(site, name, needed=True)
     assert not site.show(other)["RestartNeeded"]
     status = site.host.run(["vmsilo", "status", name]).stdout
     assert f"restart needed: its image {image} has another current version" in status

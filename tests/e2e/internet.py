@@ -5,7 +5,8 @@ server, of IPv4 and IPv6; and what a guest sees of it. Documentation addresses (
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
+import subprocess
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,6 +42,11 @@ ip -n far addr add {INTERNET}/32 dev lo
 ip -n far addr add {INTERNET6}/128 dev lo nodad
 ip route add {INTERNET} via {ROUTER}
 ip -6 route add {INTERNET6} via {ROUTER6}
+"""
+# A signal would end what runs it, and not the program in there.
+UNTIL_END_OF_INPUT = """
+import os, sys, threading
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
 """
 # Says to each who connects, from where that came.
 SERVER = """
@@ -79,20 +85,15 @@ def internet(host: Container) -> Iterator[None]:
 
 @contextmanager
 def served(host: Container, *commands: tuple[str, ...]) -> Iterator[None]:
-    """While these run, each of which has said that it is up."""
-    servers = []
-    try:
-        for command in commands:
-            servers.append(server := host.popen(list(command), stdout=-1))
+    """While these run, each of which has said that it is up. The last word is a program in Python."""
+    with ExitStack() as stack:
+        for *words, program in commands:
+            argv = [*words, UNTIL_END_OF_INPUT + program]
+            server = stack.enter_context(host.popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+            stack.callback(server.communicate)
             assert server.stdout is not None
             assert server.stdout.readline() == b"up\n"
         yield
-    finally:
-        for server in servers:
-            server.kill()
-            server.wait()
-            assert server.stdout is not None
-            server.stdout.close()
 
 
 def define(host: Container, name: str, text: str) -> None:

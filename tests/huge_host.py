@@ -28,9 +28,7 @@ def require_pages(count: int) -> None:
 
 
 OPEN_SYSFS = """
-for point in /sys /sys/kernel; do
-    ! mountpoint -q $point || mount -o remount,bind,rw $point || exit
-done
+mount -o remount,rw "$(findmnt -n -o TARGET --target /sys/kernel/mm)" || exit
 test -w /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages && systemctl restart vmsilod.service
 """
 

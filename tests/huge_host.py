@@ -48,7 +48,7 @@ mkfs.erofs --quiet --preserve-mtime $target/root.erofs $work/root
 rm -rf $work
 truncate -s %2M $target/root.erofs
 sum=$(sha256sum $target/root.erofs | cut -d' ' -f1)
-sed -i "s/\\(\"root.erofs\": \"\\)[0-9a-f]*/\\1$sum/" $target/manifest.json
+sed -i '/"root.erofs"/s/: "[0-9a-f]*"/: "'$sum'"/' $target/manifest.json
 ln -sfn 20260101T000000Z-00000001 /var/lib/vmsilo/images/plain/current
 stat -c %s $target/root.erofs
 """

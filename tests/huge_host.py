@@ -28,9 +28,7 @@ def require_pages(count: int) -> None:
 
 
 OPEN_SYSFS = """
-for point in /sys /sys/kernel; do
-    ! mountpoint -q $point || mount -o remount,bind,rw $point || exit
-done
+mount -o remount,rw "$(findmnt -n -o TARGET --target /sys/kernel/mm)" || exit
 test -w /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages && systemctl restart vmsilod.service
 """
 
@@ -50,7 +48,7 @@ mkfs.erofs --quiet --preserve-mtime $target/root.erofs $work/root
 rm -rf $work
 truncate -s %2M $target/root.erofs
 sum=$(sha256sum $target/root.erofs | cut -d' ' -f1)
-sed -i "s/\\(\"root.erofs\": \"\\)[0-9a-f]*/\\1$sum/" $target/manifest.json
+sed -i '/"root.erofs"/s/: "[0-9a-f]*"/: "'$sum'"/' $target/manifest.json
 ln -sfn 20260101T000000Z-00000001 /var/lib/vmsilo/images/plain/current
 stat -c %s $target/root.erofs
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +31,11 @@ def disks_of(site: Site, name: str = "") -> dict[str, dict[str, Any]]:
 
 
 def holders_of_overlays(site: Site) -> set[str]:
-    """The cgroups of the processes that have one open."""
+    """The units whose processes have one open."""
     found = site.host.run(f"find /proc/[0-9]*/fd -lname '{OVERLAYS}/*' 2>/dev/null", check=False).stdout
     pids = {line.split("/")[2] for line in found.splitlines()}
-    return {site.host.run(f"basename $(cat /proc/{pid}/cgroup)").stdout.strip() for pid in pids}
+    groups = [site.host.run(["cat", f"/proc/{pid}/cgroup"]).stdout for pid in pids]
+    return {unit for text in groups for unit in re.findall(r"[^/\n]+\.service", text)}
 
 
 def test_an_overlay_has_no_name_and_ends_with_its_vmm(site: Site) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from vmsilod.config.disks import AdditionalDisk
@@ -14,6 +15,9 @@ from vmsilod.disk_claims import refuse_conflicts
 from vmsilod.errors import StartFailed
 from vmsilod.resources import disks, filesystems
 from vmsilod.resources.disks import OpenDisk, Vmm
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 REPO = Path(__file__).parents[2]
 ME = Vmm(os.getuid(), os.getgid(), guest_uid=os.getuid())
@@ -175,6 +179,38 @@ def test_link_of_somebody_else_is_not_followed_to_a_disk(tmp_path: Path) -> None
     os.chown(link, 65001, 65001, follow_symlinks=False)
     with pytest.raises(StartFailed, match="belongs to uid 65001"):
         disks.open_additional(AdditionalDisk(path=str(link), id="x", ro=True), ME)
+
+
+@pytest.fixture
+def block_device(tmp_path: Path) -> Iterator[str]:
+    if os.geteuid() != 0:
+        pytest.skip("needs root: makes a loop device")
+    image = tmp_path / "image"
+    image.write_bytes(bytes(16 * MIB))
+    made = subprocess.run(
+        ["losetup", "-f", "--show", str(image)], capture_output=True, text=True, check=False
+    )
+    if made.returncode:
+        pytest.skip(f"needs loop devices: {made.stderr}")
+    device = made.stdout.strip()
+    yield device
+    subprocess.run(["losetup", "-d", device], check=True)
+
+
+def test_block_device_has_one_writer_or_readers(block_device: str) -> None:
+    writes = AdditionalDisk(path=block_device, id="w")
+    reads = AdditionalDisk(path=block_device, id="r", ro=True)
+    first = disks.open_additional(writes, ME)
+    for disk in (writes, reads):
+        with pytest.raises(StartFailed, match="alone: Device or resource busy"):
+            disks.open_additional(disk, ME)
+    os.close(first.fd)
+    readers = [disks.open_additional(reads, ME) for _ in range(2)]
+    assert disks.key_of(readers[0].fd) == disks.key_of(readers[1].fd)
+    assert disks.key_of(readers[0].fd).startswith("block:")
+    for reader in readers:
+        os.close(reader.fd)
+    assert subprocess.run(["wipefs", "-q", block_device], check=False).returncode == 0  # it is free again
 
 
 def test_lock_lasts_as_long_as_somebody_holds_the_open_file(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def make_ext4(fd: int, plan: Ext4, title: str) -> None:
 
 def make_ephemeral(fd: int, size: int, label: str, title: str) -> None:
     """As make_ext4 of an ephemeral one. From the second of a size on, what mke2fs wrote is copied: 0.1 ms
-    and no process, instead of 10 ms.
+    and no process instead of 10 ms.
     """
     known = _TEMPLATES.get((size, label))
     if known is None:

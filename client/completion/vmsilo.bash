@@ -14,11 +14,12 @@ _vmsilo_words() {
 }
 
 _vmsilo_vm_run() {
-    local at word
+    local at word here=
     for ((at = 1; at < COMP_CWORD; at++)); do
         word=${COMP_WORDS[at]}
         case $word in
-            --cwd | --env | --escapes | --timeout) ((at++)) ;;
+            --cwd | --env | --escapes | --timeout | --name | --template) ((at++)) ;;
+            --here) here=yes ;;
             -*) ;;
             *) return ;; # the command and its arguments are the guest's
         esac
@@ -26,7 +27,10 @@ _vmsilo_vm_run() {
     if [[ ${COMP_WORDS[COMP_CWORD - 1]} == --escapes ]]; then
         _vmsilo_words 'colour all'
     elif [[ ${COMP_WORDS[COMP_CWORD]} == -* ]]; then
-        _vmsilo_words '--root --detach --no-start --cwd --env --escapes --timeout --help'
+        _vmsilo_words '--root --detach --no-start --cwd --env --escapes --timeout --help
+            --disposable --name --here --ro --network --template --allow-home'
+    elif [[ $here && ${COMP_WORDS[COMP_CWORD - 1]} != --template ]]; then
+        mapfile -t COMPREPLY < <(compgen -c -- "${COMP_WORDS[COMP_CWORD]}")
     else
         _vmsilo_words "$(_vmsilo_names)"
     fi

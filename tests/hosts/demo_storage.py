@@ -69,7 +69,9 @@ def show_persistence(transcript: Transcript) -> None:
     show("vm-run work sh -c 'ls -A; echo a secret > note; echo kept > /data/file'")
     show("vm-run work sh -c 'cat /mnt/papers/paper; echo x > /mnt/papers/paper'", expect=2)
     show("ls -l /shared/work    # the desktop user's, on both sides")
-    show("vm-run --root work sh -c 'echo marker-of-the-demo > /etc/marker; ssh-keygen -A; ls /etc/ssh'")
+    show(
+        "vm-run --root work sh -c 'echo marker-of-the-demo > /etc/marker; ssh-keygen -A; ls /etc/ssh; sync'"
+    )
     show("vmsilo disk list work")
     show("vmsilo disk grow work data 1G && vm-run work df -h /data", user="root")
     show(
@@ -93,7 +95,7 @@ def show_disposables(transcript: Transcript) -> None:
 def show_images(transcript: Transcript) -> None:
     show = transcript.show
     show("vmsilo image list", user="root")
-    show("vm-stop work; vmsilo status work")
+    show("vm-stop work; vmsilo status work", expect=3)
 
 
 if __name__ == "__main__":

@@ -231,3 +231,17 @@ def test_a_missing_default_template_is_a_warning(tmp_path: Path) -> None:
     (warning,) = load(tmp_path, 'disposables.template = "gone"\n', other="").warnings
     assert (warning.key, warning.vm) == ("disposables.template", None)
     assert "gone" in warning.fact
+
+
+def test_disks_that_the_template_writes_stay_with_it(tmp_path: Path) -> None:
+    text = """
+persist = ["/etc/ssh"]
+additional_disks = [
+    { path = "/srv/read.img", id = "read", ro = true },
+    { path = "/srv/write.img", id = "write" },
+]
+"""
+    derived = derive_from(template_of(tmp_path, text))
+    assert [disk.id for disk in derived.config.additional_disks] == ["read"]
+    assert derived.config.persist == ()
+    assert "without the disks that 'work' writes to" in derived.notes

@@ -59,7 +59,7 @@ def _find_fault(path: str, *, block_device_allowed: bool) -> str | None:
     return None
 
 
-KEPT = ("shared_home",)
+KEPT = ("shared_home", "persist")
 """What outlives a run."""
 
 

@@ -60,6 +60,9 @@ def derive(template: VmConfig, wish: Wish, subnets: Subnets) -> Derived:
     ):
         if getattr(template, key):
             notes.append(f"without {what}, which only '{template.name}' itself has")
+    readable = tuple(disk for disk in template.additional_disks if disk.ro)
+    if len(readable) < len(template.additional_disks):
+        notes.append(f"without the disks that '{template.name}' writes to")
     changes = {
         "name": wish.name,
         "template": template.name,
@@ -71,6 +74,8 @@ def derive(template: VmConfig, wish: Wish, subnets: Subnets) -> Derived:
         "usb": False,
         "usb_devices": (),
         "vhost_user": (),
+        "additional_disks": readable,
+        "persist": (),
         "shared_home": False,
         "shared_directories": () if here is None else (here,),
         "guest_id": None if here is None else owner,

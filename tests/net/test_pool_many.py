@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 from pool_tools import applied, bridged, ip, nft, pool_at, require_workers_here, run, taps_there, vm
 from vmsilod import loop
+from vmsilod.network.links import Links
 from vmsilod.network.watch import NetworkWatch
 
 if TYPE_CHECKING:
@@ -121,6 +123,27 @@ def test_a_tap_that_somebody_removed_or_took_down_is_there_again(watched: Networ
     assert until(lambda: "vm1-0" in taps_there() and ",UP" in ip("link", "show", "vm1-0"))
     ip("link", "set", "vm1-0", "down")
     assert until(lambda: ",UP" in ip("link", "show", "vm1-0"))
+
+
+def test_the_address_that_udev_gives_a_new_tap_does_not_stay(
+    pool: NetworkPool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There is no udev in this namespace; here it comes right after vmsilo, as it may, once for each."""
+    mark, seen = Links.mark, set[int]()
+
+    def mark_before_udev(links: Links, index: int, *, alias: str, mac: str) -> None:
+        mark(links, index, alias=alias, mac=mac)
+        if index not in seen:
+            seen.add(index)
+            ip("link", "set", "dev", socket.if_indextoname(index), "address", "02:11:22:33:44:55")
+
+    monkeypatch.setattr(Links, "mark", mark_before_udev)
+    applied(pool, vm(1), vm(2))
+    assert len(seen) == 2
+    for number in (1, 2):
+        assert f"link/ether fe:00:00:00:00:0{number} " in ip("link", "show", f"vm{number}-0")
+        assert ",UP" in ip("link", "show", f"vm{number}-0")
+    assert not caplog.records
 
 
 def test_a_bridge_and_a_nat_interface_may_come_late(watched: NetworkPool) -> None:

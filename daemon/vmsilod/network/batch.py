@@ -139,6 +139,7 @@ class _Batch:
         self._faults = faults
         self._sight = look(links)
         self._changed = False
+        self._made: frozenset[str] = frozenset()
 
     def make_taps(self) -> bool:
         """Remove what should not be there and make what is missing, down; whether anything was made."""
@@ -156,6 +157,7 @@ class _Batch:
                 self._faults[port.tap] = error.message
         if missing:
             self._sight = look(self._links)
+            self._made = frozenset(port.tap for port in missing)
         return bool(missing)
 
     def reduce(self, plan: NetworkPlan) -> NetworkPlan:
@@ -179,6 +181,7 @@ class _Batch:
         """Read back what has become of it; what is not as it should be is closed."""
         if self._changed:
             self._sight = look(self._links)
+        self._restore_addresses()
         found = {port.tap: fault for port in self._ports if (fault := judge(self._sight, port))}
         for port in self._ports:
             if port.tap in found:
@@ -186,6 +189,21 @@ class _Batch:
             if port.tap in self._faults:
                 self._shut(port)
         return found
+
+    def _restore_addresses(self) -> None:
+        """udev gives a device that has just come a MAC address of its own (MACAddressPolicy=), once, and may
+        have begun to before vmsilo gave it one. No VMM has had these TAPs yet.
+        """
+        changed = [
+            (port, link)
+            for port in self._ports
+            if port.tap in self._made and (link := self._sight.links.get(port.tap)) is not None
+            if link.mac != host_mac(port) and fits(replace(link, mac=host_mac(port)), port)
+        ]
+        for port, link in changed:
+            self._links.mark(link.index, alias=alias_of(port), mac=host_mac(port))
+        if changed:
+            self._sight = look(self._links)
 
     def shut(self) -> None:
         """The rules cannot be installed. Older ones of ours hold for what is up; without, nothing may be."""

@@ -13,6 +13,7 @@ import sys
 
 from vmsilo_launch.launch import LaunchError, ask, notify, place
 
+from vmsilo_share.confine import confine
 from vmsilo_share.home import HomeError, make_home
 
 INSIDE = "/share"
@@ -47,6 +48,10 @@ def serve(name: str) -> None:
             store(fds[0])
         place(fds, None)
     argv = [*reply["argv"], "--fd", "3"]
+    try:
+        confine(argv[0], INSIDE)
+    except OSError as error:
+        raise LaunchError(f"virtiofsd cannot be confined: {error}") from error
     notify("READY=1\nSTATUS=Serving")
     try:
         os.execve(argv[0], argv, {"LANG": "C.UTF-8", "PATH": "/usr/bin"})
@@ -56,7 +61,9 @@ def serve(name: str) -> None:
 
 def take_listener() -> int | None:
     """sd_listen_fds(3): the listening socket of the last virtiofsd, at number 3."""
-    if os.environ.get("LISTEN_PID") != str(os.getpid()) or os.environ.get("LISTEN_FDS") != "1":
+    # LISTEN_PID is not compared: in a process namespace of its own this process has two numbers, and nobody
+    # but systemd starts it.
+    if os.environ.get("LISTEN_FDS") != "1":
         return None
     os.set_inheritable(3, True)  # noqa: FBT003 - its own signature
     return 3

@@ -22,6 +22,7 @@ from vmsilod.host import find_uid
 from vmsilod.resources import image, rundir, shares, vhost_user
 from vmsilod.resources.shares import GuestUser, Share
 from vmsilod.units.shares import home_unit, share_unit
+from vmsilod.vmm.choose import VmmKind
 from vmsilod.vmm.launch import ShareDevice
 
 if TYPE_CHECKING:
@@ -140,7 +141,9 @@ class Shares:
         listener = None if listening else self._unasked.pop(peer.unit, None)
         if listener is None and not listening:
             raise StartFailed(f"{peer.unit} has had its socket already", f"vm-stop {vm.name}")
-        return {"argv": shares.plan_arguments(share, program)}, [] if listener is None else [listener]
+        assert vm.record is not None
+        argv = shares.plan_arguments(share, program, tells_tag=vm.record.vmm == VmmKind.CROSVM.value)
+        return {"argv": argv}, [] if listener is None else [listener]
 
     def _shares_of(self, vm: Vm) -> Sequence[Share]:
         """After a restart of vmsilod made again of what the VM was started with."""
@@ -212,7 +215,7 @@ def units_of(config: VmConfig, parent: str) -> list[str]:
 
 
 def describe_end(unit: str, state: UnitState) -> str:
-    how = "was stopped"
+    how = "ended"
     if state.active == "failed":
         crashed = state.exit_code in (os.CLD_KILLED, os.CLD_DUMPED)
         how = f"ended by signal {state.exit_status}" if crashed else f"ended with {state.exit_status}"

@@ -25,6 +25,7 @@ EXPECTED = (
     "connection to vmsilo-relayd failed",  # a test kills the relay
     "vmsilo-relayd went away",
     "virtiofsd",  # tests kill one
+    "which is not our child",  # systemd 257 of a unit with PrivatePIDs=
     "cannot make /shared/files",  # the disk is full on purpose
     "Failed to start vmsilo-files-home",
     "Failed to start vmsilo-files-vm",

@@ -4,9 +4,12 @@ made.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pwd
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -318,3 +321,47 @@ def test_a_way_to_a_home_is_no_link(tmp_path: Path) -> None:
     (tmp_path / "shared").symlink_to("elsewhere")
     with pytest.raises(HomeError, match=r"Not a directory|Too many levels"):
         make_home(str(tmp_path / "shared" / "home"), str(tmp_path / "none"))
+
+
+CONFINED = """
+import errno, os, sys
+sys.path.insert(0, sys.argv[1])
+from vmsilo_share.confine import confine
+inside, outside = sys.argv[2:]
+confine("/bin/true", inside)
+os.mkdir(f"{inside}/a")
+os.rename(f"{inside}/file", f"{inside}/a/file")
+open(f"{inside}/a/file", "w").close()
+refused = 0
+for call in (
+    lambda: os.mkdir(f"{inside}/../evil"),
+    lambda: os.unlink(f"{inside}/../outside"),
+    lambda: os.rename(f"{inside}/a/file", outside),
+    lambda: os.symlink("x", f"{inside}/../link"),
+    lambda: open(outside).close(),
+    lambda: open("/proc/self/mem", "r+b").close(),
+):
+    try:
+        call()
+    except PermissionError:
+        refused += 1
+print(refused)
+"""
+
+
+def test_what_is_confined_writes_below_its_directory_alone(tmp_path: Path) -> None:
+    if ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), 1) < 2:
+        pytest.skip("this kernel has no Landlock (ABI 2)")
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    inside.mkdir()
+    (inside / "file").write_text("")
+    outside.write_text("")
+    script = f"import ctypes; ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)\n{CONFINED}"
+    daemon = str(Path(__file__).parents[2] / "daemon")
+    done = subprocess.run(
+        [sys.executable, "-c", script, daemon, str(inside), str(outside)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("6\n", "")

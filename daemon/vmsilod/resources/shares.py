@@ -133,11 +133,12 @@ def _find_group(uid: int, owner: pwd.struct_passwd) -> int:
         return uid
 
 
-def plan_arguments(share: Share, program: str) -> list[str]:
+def plan_arguments(share: Share, program: str, *, tells_tag: bool = False) -> list[str]:
     """virtiofsd's command line but for its socket. Its own sandbox would want namespaces, or root; that it
-    has is its unit's.
+    has is its unit's. `tells_tag`: the VMM asks it for the tag; QEMU only wonders at one that could tell.
     """
-    argv = [program, "--shared-dir", INSIDE, "--tag", share.tag, "--sandbox", "none", "--seccomp", "kill"]
+    argv = [program, "--shared-dir", INSIDE, "--sandbox", "none", "--seccomp", "kill"]
+    argv += ["--tag", share.tag] if tells_tag else []
     # The limit is the unit's. Every file that the guest knows costs a descriptor.
     argv += ["--rlimit-nofile", "0", "--cache", share.cache, "--log-level", "warn"]
     argv += ["--readonly"] if share.readonly else []

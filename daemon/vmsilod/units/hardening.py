@@ -86,8 +86,16 @@ MemoryDenyWriteExecute=yes
 SystemCallFilter=~@privileged @resources
 """
 
+# ProtectSystem= would be another mount of "/", and systemd keeps only one of the two
+# (TemporaryFileSystem=/). There is no /home to protect, and no place to write is wanted.
+_NO_HOST = "".join(
+    line
+    for line in _EVERY.splitlines(keepends=True)
+    if not line.startswith(("ProtectSystem=", "ProtectHome=", "PrivateTmp="))
+)
+
 SHARE = f"""\
-{_EVERY}PrivateDevices=yes
+{_NO_HOST}PrivateDevices=yes
 DevicePolicy=closed
 MemoryDenyWriteExecute=yes
 # The processes of the user whose files it serves are not its own: it sees none of them. (systemd 257; an
@@ -95,7 +103,9 @@ MemoryDenyWriteExecute=yes
 PrivatePIDs=yes
 {_NO_NAMESPACES}# virtiofsd filters its system calls itself, more closely; this holds what it is before it
 # does so. unshare: each of its threads has a working directory of its own; new namespaces are refused above.
+# vmsilo-share adds Landlock.
 SystemCallFilter=@system-service unshare
+SystemCallFilter=landlock_create_ruleset landlock_add_rule landlock_restrict_self
 SystemCallFilter=~@privileged @resources
 SystemCallFilter=@chown
 """

@@ -61,24 +61,18 @@ def render_shares(header: str, vm: VmConfig, parents: Sequence[str], context: Un
             text += _render_view(share.path, libdir, readonly=share.readonly)
             single = share.uid if share.uid_map is None else share.uid_map[0][1]
             text += _render_user(owner, single, share.gid, share.gid_map, many=share.has_many)
-            capabilities = ""
-            if share.has_many:
-                capabilities = f"# uid_map names several users.\nCapabilityBoundingSet={_MANY}\n"
-                capabilities += "SystemCallFilter=@setuid capset\n"
-            elif single == 0:
-                capabilities = "# As root virtiofsd insists on dropping its capabilities itself.\n"
-                capabilities += "CapabilityBoundingSet=CAP_SETPCAP\nSystemCallFilter=capset\n"
-            files[share_unit(parent, share.tag)] = f"{text}{SHARE}{capabilities}"
+            rights = _render_rights(single, many=share.has_many)
+            files[share_unit(parent, share.tag)] = f"{text}{SHARE}{rights}"
     return files
 
 
 def _render(header: str, name: str, parent: str, tag: str, context: UnitContext) -> str:
-    restart = ""
+    restart = "# On SIGTERM virtiofsd ends with 1.\nSuccessExitStatus=1\n"
     if context.vmm == "cloud-hypervisor":
         restart = """\
 # virtiofsd ends with its connection; cloud-hypervisor makes a new one when the guest reboots.
 Restart=on-success
-RestartSec=0
+RestartSec=100ms
 FileDescriptorStoreMax=1
 """
     return f"""{header}
@@ -133,6 +127,19 @@ def _render_user(
     if gid is None and uid is not None:
         return user
     return user if gid is None else f"{user}Group={gid}\n"
+
+
+def _render_rights(uid: int | None, *, many: bool) -> str:
+    """AmbientCapabilities=: else systemd 257 takes CAP_SETUID from root when it filters system calls."""
+    if many:
+        reason, rights, calls = "uid_map names several users.", _MANY, "@setuid capset"
+    elif uid == 0:
+        reason = "As root virtiofsd insists on dropping its capabilities itself."
+        rights, calls = "CAP_SETPCAP", "capset"
+    else:
+        return ""
+    sets = f"CapabilityBoundingSet={rights}\nAmbientCapabilities={rights}\n"
+    return f"# {reason}\n{sets}SystemCallFilter={calls}\n"
 
 
 def _quote(path: str) -> str:

@@ -120,6 +120,13 @@ class Lifecycle:
             await self._endings.cancel(vm)  # it may have crashed as the stop began
 
     async def kill(self, name: str) -> None:
+        await self._end(name, at_once=True)
+
+    async def discard(self, name: str) -> None:
+        """As kill, but by SIGTERM, which every VMM obeys at once: its unit does not end as failed."""
+        await self._end(name, at_once=False)
+
+    async def _end(self, name: str, *, at_once: bool) -> None:
         vm = self._registry.require(name)
         await self._endings.cancel(vm)
         unit = vm.debug_service if vm.debug else vm.service
@@ -130,7 +137,8 @@ class Lifecycle:
         try:
             stopped = loop.spawn(self._systemd.stop(unit))
             try:
-                await self._systemd.kill(unit, signal.SIGKILL)
+                if at_once:
+                    await self._systemd.kill(unit, signal.SIGKILL)
             except VmsiloError as error:
                 log.info("VM %s: %s", name, error)  # it ended between the two calls
             await loop.wait_for(stopped)

@@ -109,13 +109,6 @@ def test_auto_start_is_a_link_into_the_target() -> None:
     assert render_units(*CASES["qemu-hybrid"]).links == {}
 
 
-def test_kill_is_no_failure_of_a_disposable_alone() -> None:
-    for template, expected in ((None, False), ("banking", True)):
-        vm = make_vm(name="banking-d000001", template=template)
-        unit = render_units(vm, QEMU_HYBRID).files["vmsilo-banking-d000001-vm.service"]
-        assert ("SuccessExitStatus=SIGKILL" in settings_of(unit)) is expected
-
-
 def test_only_crosvm_is_restarted_and_only_on_guest_reset() -> None:
     crosvm = settings_of(render_units(make_vm(), CROSVM).files["vmsilo-banking-vm.service"])
     qemu = settings_of(render_units(make_vm(), QEMU_HYBRID).files["vmsilo-banking-vm.service"])

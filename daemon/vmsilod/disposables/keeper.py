@@ -255,7 +255,7 @@ class Disposables:
         try:
             vm = self._registry.find(name)
             if vm is not None:
-                await self._lifecycle.kill(name)
+                await self._lifecycle.discard(name)
                 await self._publication.remove(vm)
                 disposable.removed = True
                 vm.config, vm.configured, vm.problems = None, False, ("it was a disposable",)

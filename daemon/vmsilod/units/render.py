@@ -205,7 +205,7 @@ StartLimitIntervalSec=0
 
 [Service]
 Sockets={socket_unit(vm.name)}
-{_render_end(vm)}{_render_restart(context)}{_render_service(vm, context)}"""
+{_render_restart(context)}{_render_service(vm, context)}"""
 
 
 def _render_debug(vm: VmConfig, context: UnitContext) -> str:
@@ -276,15 +276,6 @@ def _render_pci_order(vm: VmConfig) -> str:
 # pci_devices: systemd needs the device numbers when it makes the device policy.
 Wants={PCI_MODULE}
 After={PCI_MODULE}
-"""
-
-
-def _render_end(vm: VmConfig) -> str:
-    if not vm.template:
-        return ""
-    return """\
-# Its command has ended, and nothing of it is to remain: that kill is no failure.
-SuccessExitStatus=SIGKILL
 """
 
 

@@ -67,7 +67,7 @@ class Site:
         image = f"/var/lib/vmsilo/images/{name}"
         initrd = cpio.newc_archive([cpio.regular("init", b"stand-in")])
         files = {"vmlinuz": b"kernel", "root.erofs": b"root " + version.encode(), "initrd": initrd}
-        for file, data in version_files(version, files).items():
+        for file, data in version_files(version, files, disks=True).items():
             self.host.write(f"{image}/{version}/{file}", data.decode("ascii"))
         self.host.run(f"ln -s {version} {image}/.new && mv -T {image}/.new {image}/current")
         return f"{image}/{version}"

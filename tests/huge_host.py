@@ -44,7 +44,7 @@ target=/var/lib/vmsilo/images/plain/20260101T000000Z-00000001
 mkdir -p $target && cp --reflink=auto vmlinuz initrd manifest.json $target/
 work=$(mktemp -d /var/tmp/plain-XXXXXX)
 fsck.erofs --extract=$work/root --preserve --overwrite root.erofs >/dev/null
-mkfs.erofs --quiet --preserve-mtime $target/root.erofs $work/root
+mkfs.erofs --quiet --preserve-mtime -Enoinline_data $target/root.erofs $work/root
 rm -rf $work
 truncate -s %2M $target/root.erofs
 sum=$(sha256sum $target/root.erofs | cut -d' ' -f1)

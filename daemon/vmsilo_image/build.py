@@ -166,7 +166,9 @@ def plan_bootstrap(recipe: Recipe, root: Path) -> list[str]:
 def plan_pack(recipe: Recipe, root: Path, target: Path) -> list[str]:
     """Options that erofs-utils has had since 1.5. --preserve-mtime: compiled Python modules are valid for
     the modification time of their source."""
-    compress = [] if recipe.compression == "none" else [f"-z{recipe.compression}", "-C65536"]
+    # Linux uses a file in place (DAX) only where its end does not lie beside its inode.
+    plain = recipe.compression == "none"
+    compress = ["-Enoinline_data"] if plain else [f"-z{recipe.compression}", "-C65536"]
     return ["mkfs.erofs", "--quiet", "--preserve-mtime", *compress, str(target), str(root)]
 
 

@@ -146,6 +146,26 @@ def nets(world: Container) -> Iterator[Container]:
             remove(world, "nets")
 
 
+def test_a_guest_to_which_nobody_gives_an_address_is_ready_without_one(world: Container) -> None:
+    """Before the others: for these somebody does."""
+    define(world, "dry", DRY)
+    try:
+        world.run(["vm-start", "dry", "--wait"], user="user")
+        assert addresses_of(world, "dry")["wan"] == set()
+        failed = in_guest(world, "dry", "systemctl list-units --failed --plain --no-legend")
+        assert failed.split()[0] == "systemd-networkd-wait-online.service"
+        shown = in_guest(world, "dry", "networkctl --no-legend list wan")
+        assert "configuring" in shown
+        # It goes on asking.
+        with served(world, in_lan(DHCP_SERVER)):
+            deadline = time.monotonic() + 120
+            while addresses_of(world, "dry")["wan"] != {f"{LEASED}/24"}:
+                assert time.monotonic() < deadline
+                time.sleep(1)
+    finally:
+        remove(world, "dry")
+
+
 def test_the_first_command_finds_addresses_of_every_kind_and_no_advertised_ones(nets: Container) -> None:
     addresses = addresses_of(nets, "nets")
     assert addresses.keys() == {"lo", "eth1", "eth0"}
@@ -191,25 +211,6 @@ def test_names_are_looked_up(nets: Container) -> None:
     """Of a neighbour of the host's, of which port 53 alone is open."""
     assert in_guest(nets, "nets", "getent ahostsv4 vmsilo.example").split()[0] == "192.0.2.7"
     assert ask(nets, "nets", ROUTER) == "closed"
-
-
-def test_a_guest_to_which_nobody_gives_an_address_is_ready_without_one(world: Container) -> None:
-    define(world, "dry", DRY)
-    try:
-        world.run(["vm-start", "dry", "--wait"], user="user")
-        assert addresses_of(world, "dry")["wan"] == set()
-        failed = in_guest(world, "dry", "systemctl list-units --failed --plain --no-legend")
-        assert failed.split()[0] == "systemd-networkd-wait-online.service"
-        shown = in_guest(world, "dry", "networkctl --no-legend list wan")
-        assert "configuring" in shown
-        # It goes on asking.
-        with served(world, in_lan(DHCP_SERVER)):
-            deadline = time.monotonic() + 120
-            while addresses_of(world, "dry")["wan"] != {f"{LEASED}/24"}:
-                assert time.monotonic() < deadline
-                time.sleep(1)
-    finally:
-        remove(world, "dry")
 
 
 def test_an_offline_guest_runs_nothing_for_networks(demo: Container) -> None:

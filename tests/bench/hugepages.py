@@ -56,7 +56,7 @@ def measure(ground: Ground) -> None:
         stop(ground)
         drop_plain_image(ground.host)
         pool.set_persistent(pages_before)
-    title = f"The 2nd to {VMS}th VM of one image ({MEMORY} MiB each; root {pages << 1} MiB, not compressed)"
+    title = f"VMs 2 to {VMS} of one image ({MEMORY} MiB each; root {pages << 1} MiB, not compressed)"
     note = (
         "Own: Private_Clean and Private_Dirty of the VMM (smaps_rollup) after the guest has read /usr/bin"
         " and its libraries; the guest's page cache is in it. Medians."

@@ -8,6 +8,7 @@ can be killed at any moment and go on from there.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_START_SECONDS = 180.0
+DISCARD_SECONDS = 2.0
 
 
 class Lifecycle:
@@ -120,13 +122,13 @@ class Lifecycle:
             await self._endings.cancel(vm)  # it may have crashed as the stop began
 
     async def kill(self, name: str) -> None:
-        await self._end(name, at_once=True)
+        await self._end(name, 0)
 
     async def discard(self, name: str) -> None:
-        """As kill, but by SIGTERM, which every VMM obeys at once: its unit does not end as failed."""
-        await self._end(name, at_once=False)
+        """As kill, but first by SIGTERM, so that its unit does not end as failed."""
+        await self._end(name, DISCARD_SECONDS)
 
-    async def _end(self, name: str, *, at_once: bool) -> None:
+    async def _end(self, name: str, grace: float) -> None:
         vm = self._registry.require(name)
         await self._endings.cancel(vm)
         unit = vm.debug_service if vm.debug else vm.service
@@ -136,8 +138,10 @@ class Lifecycle:
         await self._endings.mark_stopping(vm)
         try:
             stopped = loop.spawn(self._systemd.stop(unit))
+            with contextlib.suppress(TimeoutError):
+                await loop.with_deadline(stopped, grace)
             try:
-                if at_once:
+                if not stopped.done():
                     await self._systemd.kill(unit, signal.SIGKILL)
             except VmsiloError as error:
                 log.info("VM %s: %s", name, error)  # it ended between the two calls

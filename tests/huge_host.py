@@ -48,9 +48,10 @@ mkfs.erofs --quiet --preserve-mtime -Enoinline_data $target/root.erofs $work/roo
 rm -rf $work
 truncate -s %2M $target/root.erofs
 sum=$(sha256sum $target/root.erofs | cut -d' ' -f1)
-sed -i '/"root.erofs"/s/: "[0-9a-f]*"/: "'$sum'"/' $target/manifest.json
+size=$(stat -c %s $target/root.erofs)
+sed -i '/"root.erofs"/{s/: "[0-9a-f]*"/: "'$sum'"/;s/: [0-9][0-9]*/: '$size'/}' $target/manifest.json
 ln -sfn 20260101T000000Z-00000001 /var/lib/vmsilo/images/plain/current
-stat -c %s $target/root.erofs
+echo $size
 """
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from vmsilod.config.disks import parse_size, persist_name
 from vmsilod.resources.disks import DiskRequest
+from vmsilod.resources.shares import escape_path, mount_unit
 from vmsilod.vmm.launch import DiskDevice
 
 if TYPE_CHECKING:
@@ -67,28 +68,6 @@ def plan_guest_files(config: VmConfig) -> dict[str, str]:
             f"[Unit]\nWants=systemd-growfs@{escape_path(grow)}.service\n"
         )
     return files
-
-
-def mount_unit(path: str) -> str:
-    return f"{escape_path(path)}.mount"
-
-
-def escape_path(path: str) -> str:
-    """systemd-escape --path of a path without '//', '.' and '..'."""
-    text = path.strip("/")
-    out = "".join(
-        "-"
-        if char == "/"
-        else char
-        if char.isascii() and (char.isalnum() or char in ":_.")
-        else _escape(char)
-        for char in text
-    )
-    return _escape(".") + out[1:] if out.startswith(".") else out
-
-
-def _escape(char: str) -> str:
-    return "".join(f"\\x{byte:02x}" for byte in char.encode())
 
 
 def _render_mount(disk: AdditionalDisk) -> str:

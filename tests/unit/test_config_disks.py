@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from vmsilod.config.disks import DiskOptions, find_faults, parse_size, persist_name
 from vmsilod.config.model import VmConfig, resolve_vm
 from vmsilod.config.schema import GlobalConfig, VmFile
-from vmsilod.disk_plans import PERSIST_LIST, escape_path, plan_guest_files, plan_request
+from vmsilod.disk_plans import PERSIST_LIST, plan_guest_files, plan_request
+from vmsilod.resources.shares import escape_path
 
 
 def load(**content: Any) -> VmConfig:

@@ -202,10 +202,14 @@ def plan_mounts(shares: Iterable[Share]) -> dict[str, str]:
     return files
 
 
-def mount_unit(mount: str) -> str:
-    """systemd.unit(5), "String Escaping for Inclusion in Unit Names", of a path."""
+def mount_unit(place: str) -> str:
+    return f"{escape_path(place)}.mount"
+
+
+def escape_path(path: str) -> str:
+    """Of a path without '//', '.' and '..': systemd.unit(5), "String Escaping for Inclusion in Unit Names"."""
     out = []
-    for index, byte in enumerate(mount.strip("/").encode()):
+    for index, byte in enumerate(path.strip("/").encode()):
         char = chr(byte)
         if char == "/":
             out.append("-")
@@ -213,7 +217,7 @@ def mount_unit(mount: str) -> str:
             out.append(char)
         else:
             out.append(f"\\x{byte:02x}")
-    return "".join(out) + ".mount"
+    return "".join(out)
 
 
 def _escape(text: str) -> str:

@@ -207,7 +207,7 @@ def mount_unit(place: str) -> str:
 
 
 def escape_path(path: str) -> str:
-    """Of a path without '//', '.' and '..': systemd.unit(5), "String Escaping for Inclusion in Unit Names"."""
+    """systemd.unit(5), String Escaping for Inclusion in Unit Names. No '//', '.' and '..' in the path."""
     out = []
     for index, byte in enumerate(path.strip("/").encode()):
         char = chr(byte)

@@ -1,7 +1,7 @@
 """`make bench`: prints the tables of all sections; as root, within twelve minutes, leaving nothing behind.
 
-With arguments, only these sections: warm, cold, throughput, memory, rules, taps, bloat, disposables; and
-hugepages, which is measured only when it is named.
+With arguments, only these sections: warm, cold, throughput, memory, rules, taps, bloat, disposables, shares;
+and hugepages, which is measured only when it is named.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from hosts import layers
 from hosts.container import Container
 
-from bench import bloat, cold, disposables, footprint, hugepages, net_rules, taps, throughput, warm
+from bench import bloat, cold, disposables, footprint, hugepages, net_rules, shares, taps, throughput, warm
 from bench.ground import VM, VM_CONFIG, Ground
 from bench.machine import describe_load, describe_machine
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
 MOST_SECONDS = 12 * 60
-SECTIONS = ("warm", "cold", "throughput", "memory", "rules", "taps", "bloat", "disposables")
+SECTIONS = ("warm", "cold", "throughput", "memory", "rules", "taps", "bloat", "disposables", "shares")
 BY_NAME = ("hugepages",)  # takes as long as all others together
 
 
@@ -36,6 +36,7 @@ def measure(ground: Ground, sections: tuple[str, ...]) -> list[str]:
         ("warm", lambda: warm.measure(ground)),
         ("cold", lambda: cold.measure(ground)),
         ("disposables", lambda: disposables.measure(ground)),
+        ("shares", lambda: shares.measure(ground)),
         ("throughput", lambda: throughput.measure(ground)),
         ("memory", lambda: footprint.measure_last(ground, footprints)),
         ("rules", net_rules.measure),

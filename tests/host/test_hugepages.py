@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from huge_host import FOLDER, list_images, open_sysfs, require_pages
+from image_tree import FIRST
 from vmsilod.hugepages import pool
 
 if TYPE_CHECKING:
@@ -19,8 +20,7 @@ if TYPE_CHECKING:
 
     from hosts.standin.site import Site
 
-VERSION = "20260101T000000Z-00000000"
-PLACE = f"huge={VERSION}"
+PLACE = f"huge={FIRST}"
 PAGES = 40
 SIZE = (PAGES << 21) - 4096
 TABLE = 'image = {{name = "huge", hugepages = true, {}}}\n'
@@ -32,12 +32,10 @@ IMAGE = "/var/lib/vmsilo/images/huge"
 def huge(site: Site) -> Iterator[Site]:
     require_pages(PAGES + 1)
     before = pool.read_counters().persistent
-    site.make_image("huge")
+    folder = site.make_image("huge")
     content = os.urandom(1 << 20) * (SIZE >> 20) + b"x" * (SIZE % (1 << 20))
-    folder = f"{IMAGE}/{VERSION}"
     (site.host.root / folder.lstrip("/") / "root.erofs").write_bytes(content)
-    digest = hashlib.sha256(content).hexdigest()
-    site.host.write(f"{folder}/manifest.json", json.dumps({"sha256": {"root.erofs": digest}}))
+    describe_root(site)
     open_sysfs(site.host)
     site.host.wait_until("vmsilo list")
     yield site
@@ -46,6 +44,16 @@ def huge(site: Site) -> Iterator[Site]:
     # It stays mounted, empty; the next test is to find what this one found.
     site.host.run(f"systemctl stop run-vmsilo-hugepages.mount; rm -rf {IMAGE}")
     assert found == (before, []), "pages were not given back"
+
+
+def describe_root(site: Site) -> None:
+    """The manifest says of the root what it is now."""
+    folder = site.host.root / IMAGE.lstrip("/") / FIRST
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["sizes"]["root.erofs"] = (folder / "root.erofs").stat().st_size
+    with (folder / "root.erofs").open("rb") as root:
+        manifest["sha256"]["root.erofs"] = hashlib.file_digest(root, "sha256").hexdigest()
+    site.host.write(f"{IMAGE}/{FIRST}/manifest.json", json.dumps(manifest))
 
 
 def root_of(site: Site, name: str) -> tuple[str, str]:
@@ -150,36 +158,45 @@ def test_vmsilod_is_killed_during_a_first_start(huge: Site, milliseconds: int) -
     _, err = client.communicate(timeout=60)
     assert client.returncode == 0, err
     assert (list_images(huge.host), taken(before)) == ([PLACE], PAGES)
-    huge.host.run(["cmp", "-n", str(SIZE), f"{FOLDER}/{PLACE}", f"{IMAGE}/{VERSION}/root.erofs"])
+    huge.host.run(["cmp", "-n", str(SIZE), f"{FOLDER}/{PLACE}", f"{IMAGE}/{FIRST}/root.erofs"])
     stop(huge, name)
 
 
 def test_damaged_image_starts_no_vm(huge: Site) -> None:
     huge.expect("is damaged|Failed to start")
-    huge.host.run(f"printf y | dd of={IMAGE}/{VERSION}/root.erofs bs=1 seek=5000000 conv=notrunc")
+    huge.host.run(f"printf y | dd of={IMAGE}/{FIRST}/root.erofs bs=1 seek=5000000 conv=notrunc")
     for short in ("refuse", "page-cache"):
         name = huge.define(TABLE.format(f'short_of_pages = "{short}"'))
         done = huge.vm_run(name, "true")
         assert done.returncode == 125
-        assert f"{IMAGE}/{VERSION}/root.erofs is damaged" in done.stderr
+        assert f"{IMAGE}/{FIRST}/root.erofs is damaged" in done.stderr
 
 
-def test_short_of_pages_is_refused_with_numbers_or_done_without(huge: Site) -> None:
+def test_short_of_pages_is_refused_with_numbers(huge: Site) -> None:
     huge.expect("not enough huge pages|Failed to start")
-    huge.host.run(f"truncate -s 512G {IMAGE}/{VERSION}/root.erofs")
+    huge.host.run(f"truncate -s 512G {IMAGE}/{FIRST}/root.erofs")
     refused = huge.define(AT_ONCE)
     done = huge.vm_run(refused, "true")
     assert done.returncode == 125
     assert "not enough huge pages for image 'huge': it needs 262144 of 2 MiB (524288 MiB)" in done.stderr
+
+
+def test_without_pages_the_page_cache_does(huge: Site) -> None:
+    huge.expect("huge pages")
+    huge.host.run("""mount -o remount,ro "$(findmnt -n -o TARGET --target /sys/kernel/mm)" """)
+    huge.host.run("systemctl restart vmsilod.service")
+    huge.host.wait_until("vmsilo list")
     name = huge.running(text=TABLE.format('short_of_pages = "page-cache"'))
-    assert root_of(huge, name)[0] == f"{IMAGE}/{VERSION}/root.erofs"
+    assert root_of(huge, name)[0] == f"{IMAGE}/{FIRST}/root.erofs"
     shown = huge.host.run("journalctl -q -o cat -p warning -u vmsilod.service | tail -n 5").stdout
     assert "its image is read through the page cache" in shown
+    stop(huge, name)
 
 
 def test_the_bus_says_what_is_waited_for(huge: Site) -> None:
     require_pages(200)
-    huge.host.run(f"cd {IMAGE}/{VERSION} && truncate -s 400M root.erofs && echo {{}} >manifest.json")
+    huge.host.run(f"truncate -s 400M {IMAGE}/{FIRST}/root.erofs")
+    describe_root(huge)
     name = huge.define(AT_ONCE)
     client = huge.spawn("vm-run", name, "true")
     seen = set()

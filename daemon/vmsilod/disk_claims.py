@@ -8,6 +8,7 @@ at what the disks begin with, which nobody can change any more then.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import TYPE_CHECKING
 
 from vmsilod import loop
@@ -31,6 +32,8 @@ async def hold_disks(registry: Registry, vm: Vm, acquired: Acquired, *, root_wri
         raise StartFailed(f"VM '{vm.name}' has one disk twice", "additional_disks and root_disk: each once")
     refuse_conflicts(vm.name, wanted, find_holders(registry))
     vm.record = dataclasses.replace(vm.record, disks={key: writes for key, (writes, _) in wanted.items()})
+    if root_writable:
+        await loop.in_worker(partial(disks.lock_file, acquired.root_fd, "the root disk", writable=True))
     await loop.in_worker(disks.lock_disks, acquired.disks)
     await loop.in_worker(disks.check_formats, acquired.disks, acquired.root_fd)
     await loop.in_worker(disks.set_direct, acquired.disks)

@@ -275,3 +275,23 @@ def test_two_vms_and_one_disk(writes: bool, held: bool, words: str) -> None:  # 
     with pytest.raises(StartFailed) as caught:
         refuse_conflicts("banking", wanted, holders)
     assert f"disk 'data' (/srv/data): VM 'work', which runs, {words}" in str(caught.value)
+
+
+@pytest.mark.parametrize(("mode", "refused"), [(0o644, False), (0o646, True), (0o666, True), (0o664, True)])
+def test_read_only_disk_that_the_vm_could_open_for_writing_is_refused(
+    tmp_path: Path, mode: int, *, refused: bool
+) -> None:
+    path = tmp_path / "data.img"
+    path.write_bytes(bytes(4096))
+    path.chmod(mode)
+    disk = AdditionalDisk.model_validate({"path": str(path), "id": "data", "ro": True})
+    for attempt in (
+        lambda: disks.open_additional(disk, ME).fd,
+        lambda: disks.open_root(path, ME.gid, writable=False),
+    ):
+        if refused:
+            with pytest.raises(StartFailed, match="to be read-only, and its mode"):
+                attempt()
+        else:
+            os.close(attempt())
+    os.close(disks.open_root(path, ME.gid, writable=True))

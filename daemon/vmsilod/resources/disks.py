@@ -118,6 +118,8 @@ def open_additional(disk: AdditionalDisk, vmm: Vmm) -> OpenDisk:
     try:
         if stat.S_ISBLK(os.fstat(fd).st_mode):
             fd = _claim_block_device(fd, title, writable=not disk.ro)
+        if disk.ro:
+            refuse_writable(fd, title, vmm.gid)
         if vmm.opens_as is not None:
             vhost_user.require_disk_access(path, fd, vmm.opens_as, writable=not disk.ro)
     except BaseException:
@@ -125,6 +127,33 @@ def open_additional(disk: AdditionalDisk, vmm: Vmm) -> OpenDisk:
         raise
     options = {key: getattr(disk, key) for key in ("format", "sparse", "direct", "lock", "block_size")}
     return OpenDisk(fd, serial, title, readonly=disk.ro, **options)
+
+
+def open_root(path: Path, gid: int, *, writable: bool) -> int:
+    """The root of a VM whose group is `gid`."""
+    title = f"the root disk ({path})"
+    fd = image.open_file(path, writable=writable)
+    try:
+        if stat.S_ISBLK(os.fstat(fd).st_mode):
+            fd = _claim_block_device(fd, title, writable=writable)
+        if not writable:
+            refuse_writable(fd, title, gid)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def refuse_writable(fd: int, title: str, gid: int) -> None:
+    """A descriptor for reading is no more than that only where the mode is, too: whoever has it can open the
+    file once more by /proc/self/fd, through this mount and past every directory.
+    """
+    status = os.fstat(fd)
+    if status.st_mode & 0o002 or (status.st_gid == gid and status.st_mode & 0o020):
+        raise StartFailed(
+            f"{title} is to be read-only, and its mode {stat.S_IMODE(status.st_mode):04o} lets the VM write",
+            "chmod o-w; a disk that cloud-hypervisor writes can be given to no other VM",
+        )
 
 
 def create_additional(disk: AdditionalDisk, vmm: Vmm, title: str) -> None:
@@ -220,7 +249,7 @@ def lock_file(fd: int, title: str, *, writable: bool) -> None:
     except BlockingIOError as error:
         raise StartFailed(
             f"{title} is locked by another program of the host",
-            "lslocks tells which; lock = false ignores it",
+            "lslocks tells which; lock = false of additional_disks ignores it",
         ) from error
     except OSError as error:
         raise StartFailed(f"cannot lock {title}: {error.strerror}") from error

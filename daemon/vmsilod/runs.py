@@ -32,6 +32,7 @@ from vmsilod.units.render import vsock_unit
 from vmsilod.vmm import drivers
 from vmsilod.vmm.choose import TCG_WARNING, VmmKind, choose_vmm
 from vmsilod.vmm.errors import MonitorError
+from vmsilod.waiting import Lock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,6 +62,7 @@ class Runs:
         self._on_change = on_change
         self._relay: RelayClient | None = None
         self._vsock_listening = False
+        self._vsock_lock = Lock()
         self._forwards = Forwards(registry, systemd, lambda: self.relay)
         self.forward = self._forwards.answer
         self.shares = Shares(registry, systemd)
@@ -193,13 +195,14 @@ class Runs:
 
     async def _connect_channel(self, vm: Vm, acquired: preparation.Acquired, unit_of_vm: str) -> None:
         if acquired.device_fd is not None:
-            if not self._vsock_listening:
-                listener = await loop.in_worker(vsock.bind_host_port)
-                try:
-                    await self.relay.listen_vsock(listener)
-                finally:
-                    os.close(listener)
-                self._vsock_listening = True
+            async with self._vsock_lock:  # of VMs that start together one binds the port
+                if not self._vsock_listening:
+                    listener = await loop.in_worker(vsock.bind_host_port)
+                    try:
+                        await self.relay.listen_vsock(listener)
+                    finally:
+                        os.close(listener)
+                    self._vsock_listening = True
             return
         unit = vsock_unit(unit_of_vm)
         result = await self._systemd.start(unit)

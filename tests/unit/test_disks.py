@@ -17,7 +17,7 @@ from vmsilod.resources import disks, filesystems
 from vmsilod.resources.disks import OpenDisk, Vmm
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 REPO = Path(__file__).parents[2]
 ME = Vmm(os.getuid(), os.getgid(), guest_uid=os.getuid())
@@ -285,10 +285,11 @@ def test_read_only_disk_that_the_vm_could_open_for_writing_is_refused(
     path.write_bytes(bytes(4096))
     path.chmod(mode)
     disk = AdditionalDisk.model_validate({"path": str(path), "id": "data", "ro": True})
-    for attempt in (
+    attempts: tuple[Callable[[], int], ...] = (
         lambda: disks.open_additional(disk, ME).fd,
         lambda: disks.open_root(path, ME.gid, writable=False),
-    ):
+    )
+    for attempt in attempts:
         if refused:
             with pytest.raises(StartFailed, match="to be read-only, and its mode"):
                 attempt()

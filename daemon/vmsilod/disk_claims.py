@@ -33,10 +33,12 @@ async def hold_disks(registry: Registry, vm: Vm, acquired: Acquired, *, root_wri
     refuse_conflicts(vm.name, wanted, find_holders(registry))
     vm.record = dataclasses.replace(vm.record, disks={key: writes for key, (writes, _) in wanted.items()})
     if root_writable:
-        await loop.in_worker(partial(disks.lock_file, acquired.root_fd, "the root disk", writable=True))
-    await loop.in_worker(disks.lock_disks, acquired.disks)
-    await loop.in_worker(disks.check_formats, acquired.disks, acquired.root_fd)
-    await loop.in_worker(disks.set_direct, acquired.disks)
+        await loop.in_patient_worker(
+            partial(disks.lock_file, acquired.root_fd, "the root disk", writable=True)
+        )
+    await loop.in_patient_worker(disks.lock_disks, acquired.disks)
+    await loop.in_patient_worker(disks.check_formats, acquired.disks, acquired.root_fd)
+    await loop.in_patient_worker(disks.set_direct, acquired.disks)
 
 
 def find_holders(registry: Registry) -> dict[str, Mapping[str, bool]]:

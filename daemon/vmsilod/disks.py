@@ -87,7 +87,7 @@ class Disks:
                 state = "in use" if vm.is_up else "ephemeral"
                 views.append(DiskView(vm.name, "overlay", "", state, size=size, format="raw"))
             for target in find_targets(vm.name, config):
-                views.append(await loop.in_worker(_view, vm.name, target, holders))
+                views.append(await loop.in_patient_worker(_view, vm.name, target, holders))
         if not name:
             views += await loop.in_worker(_find_left_behind, {vm.name for vm in self._registry})
         return views
@@ -134,7 +134,7 @@ class Disks:
             raise BadRequest(
                 f"VM '{vm.name}' has disk '{target.id}' read-only", "grow it where it is written"
             )
-        key, before = await loop.in_worker(_inspect, target)
+        key, before = await loop.in_patient_worker(_inspect, target)
         keys = list(record.disks)
         if key not in keys:
             raise BadRequest(
@@ -148,16 +148,18 @@ class Disks:
         # The root is the first that the VM holds, and crosvm's disk 0; the others follow in the same order.
         await loop.in_worker(monitor.resize_disk, DiskPlace(target.serial, keys.index(key)), size)
         if target.format == "raw":
-            _, after = await loop.in_worker(_inspect, target)
+            _, after = await loop.in_patient_worker(_inspect, target)
             if after < size:
                 raise Failed(f"the VMM said that it had grown {target.path}, which has {after} bytes")
         await self._tell_guest(vm, target)
 
     async def _grow_stopped(self, target: Target, size: int) -> None:
-        holder = find_holder((await loop.in_worker(_inspect, target))[0], find_holders(self._registry))
+        holder = find_holder(
+            (await loop.in_patient_worker(_inspect, target))[0], find_holders(self._registry)
+        )
         if holder:
             raise Busy(f"VM '{holder}' runs with {target.path}", f"vm-stop {holder}")
-        await loop.in_worker(_grow_file, target, size)
+        await loop.in_patient_worker(_grow_file, target, size)
 
     async def _tell_guest(self, vm: Vm, target: Target) -> None:
         """One that does not listen grows its file system at its next start, or by hand."""

@@ -1,7 +1,7 @@
-"""Coroutines on the GLib main loop: a driver for `async def`, timers, one worker pool, D-Bus calls, watches.
+"""Coroutines on the GLib main loop: a driver for `async def`, timers, worker pools, D-Bus calls, watches.
 
 Used by every part of vmsilod. There is no asyncio: the PyGObject of Debian 12 has no gi.events. All code but
-the function given to `in_worker` runs on the thread of the main loop. A callback that raises is logged and
+the functions given to workers runs on the thread of the main loop. A callback that raises is logged and
 stays installed, because GLib drops the source of a callback that raised and the listener would be dead
 without a word. It never blocks. Lives as long as the process.
 """
@@ -23,7 +23,9 @@ T = TypeVar("T")
 Result = TypeVar("Result")
 
 WORKERS = 4
+PATIENT = 16
 _pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="vmsilod-worker")  # a thread is made when needed
+_patient = ThreadPoolExecutor(PATIENT, thread_name_prefix="vmsilod-patient")
 
 
 def spawn(coro: Coroutine[Any, Any, T]) -> Future[T]:
@@ -39,8 +41,15 @@ async def wait_for(future: Future[T]) -> T:
 
 
 async def in_worker(function: Callable[..., T], *args: Any) -> T:
-    """function(*args) on the one worker pool: for what may take over 5 ms and touches no state."""
+    """function(*args) on the worker pool: for what may take over 5 ms and touches no state."""
     return await wait_for(_pool.submit(function, *args))
+
+
+async def in_patient_worker(function: Callable[..., T], *args: Any) -> T:
+    """As in_worker, for what opens a path that the configuration names: its file system may be a server's
+    that is gone, and must hold up nobody but those who want it. Images are read whole there, too.
+    """
+    return await wait_for(_patient.submit(function, *args))
 
 
 async def after(seconds: float) -> None:

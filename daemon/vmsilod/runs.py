@@ -145,7 +145,7 @@ class Runs:
             request = dataclasses.replace(request, guest_files=files)
             request = await self._hugepages.lease(vm, config, request)
             held += request.fds()
-            acquired = await loop.in_worker(preparation.acquire, request)
+            acquired = await loop.in_patient_worker(preparation.acquire, request)
             held += acquired.fds()
             await hold_disks(self._registry, vm, acquired, root_writable=not config.root_disk_readonly)
             listeners, journal = split_passed(fds)

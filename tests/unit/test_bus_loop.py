@@ -41,6 +41,21 @@ def test_work_is_done_elsewhere_and_goes_on_here() -> None:
     assert run(work()) == (True, True)
 
 
+def test_paths_that_do_not_answer_hold_up_nobody_else() -> None:
+    gate = threading.Event()
+
+    async def work() -> int:
+        stuck = [loop.spawn(loop.in_patient_worker(gate.wait, 30)) for _ in range(loop.PATIENT + 1)]
+        try:
+            return await loop.with_deadline(loop.in_worker(int, "7"), 5)
+        finally:
+            gate.set()
+            for each in stuck:
+                await loop.wait_for(each)
+
+    assert run(work()) == 7
+
+
 def test_a_failure_reaches_who_waits_and_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     async def outer() -> str:
         try:

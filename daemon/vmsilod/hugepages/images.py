@@ -93,7 +93,7 @@ class HugepageImages:
                 text = f"copying image {source.image} into huge pages: {part:.0%}"
                 loop.call_soon(self._show_all, source, text)
 
-        return await loop.in_worker(self._store.add, source, report)
+        return await loop.in_patient_worker(self._store.add, source, report)
 
     async def _mount(self) -> None:
         if await loop.in_worker(self._store.is_mounted):

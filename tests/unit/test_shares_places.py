@@ -61,12 +61,14 @@ def test_links_of_users_are_not_followed(tmp_path: Path) -> None:
         open_directory(tmp_path / "users", {1000})
 
 
+@needs_root
 @pytest.mark.parametrize("mode", [0o775, 0o757, 0o2775])
 def test_nobody_else_may_exchange_what_is_on_the_way(tmp_path: Path, mode: int) -> None:
     inner = tmp_path / "open" / "inner"
     inner.mkdir(parents=True)
     inner.chmod(0o777)
     os.close(open_directory(inner, {MINE}))
+    os.chown(tmp_path / "open", -1, OTHER)
     (tmp_path / "open").chmod(mode)
     with pytest.raises(StartFailed, match=rf"{tmp_path}/open on the way .* has mode {mode:04o}") as caught:
         open_directory(inner, {MINE})
@@ -74,6 +76,19 @@ def test_nobody_else_may_exchange_what_is_on_the_way(tmp_path: Path, mode: int) 
     os.close(open_directory(tmp_path / "open", {MINE}))
     (tmp_path / "open").chmod(mode | 0o1000)
     os.close(open_directory(inner, {MINE}))
+
+
+@needs_root
+def test_a_group_of_the_owner_alone_is_not_others(tmp_path: Path) -> None:
+    inner = tmp_path / "open" / "inner"
+    inner.mkdir(parents=True)
+    (tmp_path / "open").chmod(0o775)  # root:root, and nobody else is in that group
+    os.close(open_directory(inner, {MINE}))
+    user = next((each for each in pwd.getpwall() if each.pw_uid and each.pw_name != "root"), None)
+    assert user is not None
+    os.chown(tmp_path / "open", 0, user.pw_gid)
+    with pytest.raises(StartFailed, match="has mode 0775"):
+        open_directory(inner, {MINE})
 
 
 @needs_root

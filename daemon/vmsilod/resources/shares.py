@@ -8,6 +8,7 @@ to them once, while they are as they were made.
 
 from __future__ import annotations
 
+import grp
 import logging
 import os
 import pwd
@@ -279,14 +280,27 @@ def _walk(stack: ExitStack, path: Path, users: Collection[int]) -> int:
 
 def _check_way(place: int, path: Path) -> None:
     """Who may write to a directory may put another into the place of one in it, unless it is sticky."""
-    mode = os.fstat(place).st_mode
-    if mode & 0o022 and not mode & stat.S_ISVTX:
+    status = os.fstat(place)
+    mode = status.st_mode
+    if mode & stat.S_ISVTX:
+        return
+    if mode & 0o002 or (mode & 0o020 and not _is_private_group(status)):
         where = Path(f"/proc/self/fd/{place}").readlink()
         raise StartFailed(
             f"{where} on the way to the shared directory {path} has mode {stat.S_IMODE(mode):04o}: others"
             " could exchange what is in it",
             f"chmod go-w {where}",
         )
+
+
+def _is_private_group(status: os.stat_result) -> bool:
+    """Whether the group is its owner's own and has nobody else in it, as Fedora (umask 0002) makes it."""
+    try:
+        owner, group = pwd.getpwuid(status.st_uid), grp.getgrgid(status.st_gid)
+    except KeyError:
+        return False
+    own = owner.pw_gid == group.gr_gid and owner.pw_name == group.gr_name
+    return status.st_gid == 0 or (own and set(group.gr_mem) <= {owner.pw_name})
 
 
 def has_home(share: Share) -> bool:

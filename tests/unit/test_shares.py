@@ -1,6 +1,4 @@
-"""Shared directories: what the files may say, what becomes of it, which directory is opened, how a home is
-made.
-"""
+"""Shared directories: what the files may say, what becomes of it, how a home is made."""
 
 from __future__ import annotations
 
@@ -22,10 +20,7 @@ from vmsilod.control import UNIT_PATTERN
 from vmsilod.errors import StartFailed
 from vmsilod.resources.shares import (
     GuestUser,
-    hand_over_places,
-    is_same,
     mount_unit,
-    open_directory,
     plan_arguments,
     plan_mounts,
     plan_shares,
@@ -210,61 +205,6 @@ def test_units_have_names_of_their_own() -> None:
         assert OUR_FILE.fullmatch(name)
     for name in ("vmsilo-a-vm@x.service", "vmsilo-a-share.service", "vmsilo-a-forward@x.service"):
         assert not UNIT_PATTERN.fullmatch(name)
-
-
-needs_root = pytest.mark.skipif(os.getuid() != 0, reason="links of root need root")
-
-
-def test_a_directory_is_opened_by_a_safe_way_only(tmp_path: Path) -> None:
-    inner = tmp_path / "a" / "b"
-    inner.mkdir(parents=True)
-    fd = open_directory(inner, {MINE})
-    other = open_directory(tmp_path / "a", {MINE})
-    try:
-        assert os.fstat(fd).st_ino == inner.stat().st_ino
-        assert is_same(fd, fd)
-        assert not is_same(fd, other)
-        with pytest.raises(OSError, match="Bad file descriptor"):
-            os.fchmod(fd, 0o700)
-    finally:
-        os.close(fd)
-        os.close(other)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(StartFailed, match="is not a directory"):
-        open_directory(tmp_path / "file", {MINE})
-    with pytest.raises(StartFailed, match="does not exist"):
-        open_directory(tmp_path / "a" / "none", {MINE})
-
-
-@needs_root
-def test_links_of_users_are_not_followed(tmp_path: Path) -> None:
-    tmp_path.chmod(0o755)
-    (tmp_path / "real").mkdir()
-    (tmp_path / "by-root").symlink_to("real")
-    (tmp_path / "by-user").symlink_to("real")
-    os.chown(tmp_path / "by-user", 4321, 4321, follow_symlinks=False)
-    (tmp_path / "users").mkdir()
-    (tmp_path / "users" / "link").symlink_to("../real")  # root's, but where a user can exchange it
-    os.chown(tmp_path / "users", 4321, 4321)
-    os.close(open_directory(tmp_path / "by-root", {4321}))
-    for path in ("by-user", "users/link"):
-        with pytest.raises(StartFailed, match="is a symbolic link"):
-            open_directory(tmp_path / path, {4321})
-    with pytest.raises(StartFailed, match="belongs to uid 4321"):
-        open_directory(tmp_path / "users", {1000})
-
-
-@needs_root
-def test_places_are_handed_over_once(tmp_path: Path) -> None:
-    mine, others, link = tmp_path / "mine", tmp_path / "others", tmp_path / "link"
-    mine.mkdir()
-    others.mkdir()
-    os.chown(others, 4321, 4321)
-    link.symlink_to("mine")
-    hand_over_places("nobody", [mine, others, link, tmp_path / "none"])
-    assert mine.stat().st_uid == pwd.getpwnam("nobody").pw_uid
-    assert others.stat().st_uid == 4321
-    assert link.lstat().st_uid == 0
 
 
 def test_a_home_is_a_copy_without_what_is_dangerous(tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 itself, opened and checked.
 
 Called in the worker by `vmsilod.shares`. Directories are opened for reference only (O_PATH): nothing in them
-is read, made or changed by root, except that the two places which are the desktop user's are handed to them
-once.
+is read, made or changed by root, except that the two places which were made for the desktop user are handed
+to them once, while they are as they were made.
 """
 
 from __future__ import annotations
 
+import grp
 import logging
 import os
 import pwd
@@ -22,7 +23,7 @@ from vmsilod.config.shares import HOME_TAG, IDS
 from vmsilod.errors import StartFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
     from vmsilod.config.model import VmConfig
 
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 HOMES = Path("/shared")
 TEMPLATE = Path("/var/lib/vmsilo/home-template")
+MADE = {HOMES: 0o700, TEMPLATE: 0o755}  # systemd-tmpfiles makes them so, empty and root's
 INSIDE = "/share"  # the directory, for virtiofsd, which sees nothing else
 NOBODY = 65534
 PROGRAM = "virtiofsd"
@@ -228,7 +230,7 @@ def open_directory(path: Path, users: Collection[int]) -> int:
     """The directory, by a way that nobody but root and `users` can change; the caller owns the descriptor.
 
     No symbolic link is followed but those of root: a guest that another directory on the way is shared with
-    can make links. `_walk` never opens more than the inode.
+    can make links. The directory itself may have any mode. `_walk` never opens more than the inode.
     """
     with ExitStack() as stack:
         place = _walk(stack, path, users)
@@ -243,6 +245,7 @@ def _walk(stack: ExitStack, path: Path, users: Collection[int]) -> int:
     place = root = os.open("/", WALK | os.O_DIRECTORY)
     stack.callback(os.close, place)
     while parts:
+        _check_way(place, path)
         name = parts.pop()
         try:
             step = os.open(name, WALK, dir_fd=place)
@@ -275,14 +278,39 @@ def _walk(stack: ExitStack, path: Path, users: Collection[int]) -> int:
     return place
 
 
-def has_home(share: Share) -> bool:
-    """Whether the home is there; StartFailed for something else in its place."""
+def _check_way(place: int, path: Path) -> None:
+    """Who may write to a directory may put another into the place of one in it, unless it is sticky."""
+    status = os.fstat(place)
+    mode = status.st_mode
+    if mode & stat.S_ISVTX:
+        return
+    if mode & 0o002 or (mode & 0o020 and not _is_private_group(status)):
+        where = Path(f"/proc/self/fd/{place}").readlink()
+        raise StartFailed(
+            f"{where} on the way to the shared directory {path} has mode {stat.S_IMODE(mode):04o}: others"
+            " could exchange what is in it",
+            f"chmod go-w {where}",
+        )
+
+
+def _is_private_group(status: os.stat_result) -> bool:
+    """Whether the group is its owner's own and has nobody else in it, as Fedora (umask 0002) makes it."""
     try:
-        status = share.path.lstat()
-    except FileNotFoundError:
+        owner, group = pwd.getpwuid(status.st_uid), grp.getgrgid(status.st_gid)
+    except KeyError:
         return False
-    except OSError as error:
-        raise StartFailed(f"cannot look at the shared home {share.path}: {error.strerror}") from error
+    own = owner.pw_gid == group.gr_gid and owner.pw_name == group.gr_name
+    return status.st_gid == 0 or (own and set(group.gr_mem) <= {owner.pw_name})
+
+
+def has_home(share: Share) -> bool:
+    """Whether the home is there; StartFailed for something else in its place, or if it is not safe there."""
+    status = _look_at(share.path)
+    if share.path.is_relative_to(HOMES):
+        _check_homes(share, exists=status is not None)
+    if status is None:
+        _check_template(share)
+        return False
     if stat.S_ISDIR(status.st_mode) and status.st_uid != share.uid:
         raise StartFailed(
             f"the shared home {share.path} belongs to uid {status.st_uid}, not to the configured user",
@@ -291,26 +319,76 @@ def has_home(share: Share) -> bool:
     return True
 
 
+def _look_at(path: Path) -> os.stat_result | None:
+    try:
+        return path.lstat()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StartFailed(f"cannot look at the shared home {path}: {error.strerror}") from error
+
+
+def _check_homes(share: Share, *, exists: bool) -> None:
+    """A guest chooses the modes in its home: nobody else may come near. It is made by the user alone."""
+    try:
+        status = HOMES.stat()
+    except OSError as error:
+        raise StartFailed(
+            f"cannot look at {HOMES}, where the shared home {share.path} belongs: {error.strerror}",
+            'systemd-tmpfiles --create makes it; or shared_home = "/path"',
+        ) from error
+    mode = stat.S_IMODE(status.st_mode)
+    if mode & 0o077 or status.st_uid not in ((0, share.uid) if exists else (share.uid,)):
+        raise StartFailed(
+            f"{HOMES}, where the shared home {share.path} belongs, is owned by {_name_user(status.st_uid)}"
+            f" and has mode {mode:04o}",
+            f"it has to be {_name_user(share.uid)}'s and 0700 (chown, chmod) if it is for homes alone;"
+            ' else shared_home = "/path"',
+        )
+
+
+def _check_template(share: Share) -> None:
+    status = _look_at(TEMPLATE)
+    if status is not None and status.st_uid not in (0, share.uid):
+        raise StartFailed(
+            f"{TEMPLATE}, which the shared home {share.path} would be a copy of, is owned by"
+            f" {_name_user(status.st_uid)}",
+            f"chown -R {_name_user(share.uid)}: {TEMPLATE}",
+        )
+
+
+def _name_user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"uid {uid}"
+
+
 def is_same(first: int, second: int) -> bool:
     """Whether two descriptors are of one inode."""
     one, other = os.fstat(first), os.fstat(second)
     return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
 
 
-def hand_over_places(user: str, places: Iterable[Path] = (HOMES, TEMPLATE)) -> None:
-    """Root's as they were installed, the configured user's from then on; another user's stay theirs."""
+def hand_over_places(user: str, places: Mapping[Path, int] = MADE) -> None:
+    """Root's as they were made, the configured user's from then on. What looks otherwise is somebody's own:
+    a start that needs it says so (`has_home`).
+    """
     try:
         owner = pwd.getpwnam(user)
     except KeyError:
         return
-    for path in places:
+    for path, mode in places.items():
         try:
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
             log.info("ignoring: cannot open %s: %s", path, error.strerror)
             continue
         try:
-            if os.fstat(fd).st_uid == 0:
+            status = os.fstat(fd)
+            with os.scandir(fd) as entries:
+                empty = next(entries, None) is None
+            if status.st_uid == 0 and stat.S_IMODE(status.st_mode) == mode and empty:
                 os.fchown(fd, owner.pw_uid, owner.pw_gid)
         except OSError as error:
             log.warning("cannot give %s to %s: %s", path, user, error.strerror)

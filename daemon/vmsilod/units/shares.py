@@ -22,6 +22,7 @@ HOMES = "/shared"
 TEMPLATE = "/var/lib/vmsilo/home-template"
 CONTROL = "/run/vmsilo/control.sock"
 INSIDE = "/share"
+ROOM = 1024  # MiB
 _RUNTIME = ("/usr", "/lib", "-/lib64", "-/etc/ld.so.cache", CONTROL, "/run/systemd/notify")
 # What one process needs for files of several users; virtiofsd drops the last one itself.
 _MANY = "CAP_CHOWN CAP_DAC_OVERRIDE CAP_FOWNER CAP_FSETID CAP_SETGID CAP_SETUID CAP_SETPCAP"
@@ -52,12 +53,12 @@ def render_shares(header: str, vm: VmConfig, parents: Sequence[str], context: Un
         files[home_unit(vm.name)] = _render_home(header, vm.name, home, owner, libdir)
     for parent in parents:
         if home is not None:
-            text = _render(header, vm.name, parent, HOME_TAG, context)
+            text = _render(header, vm, parent, HOME_TAG, context)
             files[share_unit(parent, HOME_TAG)] = (
                 text + _render_view(home, libdir) + f"User={owner}\n{SHARE}"
             )
         for share in vm.shared_directories:
-            text = _render(header, vm.name, parent, share.tag, context)
+            text = _render(header, vm, parent, share.tag, context)
             text += _render_view(share.path, libdir, readonly=share.readonly)
             single = share.uid if share.uid_map is None else share.uid_map[0][1]
             text += _render_user(owner, single, share.gid, share.gid_map, many=share.has_many)
@@ -66,7 +67,7 @@ def render_shares(header: str, vm: VmConfig, parents: Sequence[str], context: Un
     return files
 
 
-def _render(header: str, name: str, parent: str, tag: str, context: UnitContext) -> str:
+def _render(header: str, vm: VmConfig, parent: str, tag: str, context: UnitContext) -> str:
     restart = "# On SIGTERM virtiofsd ends with 1.\nSuccessExitStatus=1\n"
     if context.vmm == "cloud-hypervisor":
         restart = """\
@@ -77,7 +78,7 @@ FileDescriptorStoreMax=1
 """
     return f"""{header}
 [Unit]
-Description=Shared directory {tag} of the vmsilo VM {name}
+Description=Shared directory {tag} of the vmsilo VM {vm.name}
 BindsTo={parent}
 # It is started while the VM's own start is running, so it can't come after that.
 Before={parent}
@@ -87,13 +88,18 @@ StartLimitIntervalSec=0
 Type=notify
 # vmsilo-share asks vmsilod whether the directory that it sees is the one that vmsilod has checked, gets the
 # listening socket, and becomes virtiofsd.
-ExecStart={context.paths.libdir}/bin/vmsilo-share serve {name}
+ExecStart={context.paths.libdir}/bin/vmsilo-share serve {vm.name}
 NotifyAccess=main
 {restart}Slice=vmsilo.slice
 StandardInput=null
-SyslogIdentifier=vmsilo-{name}-share
+SyslogIdentifier=vmsilo-{vm.name}-share
 # Every file that the guest knows costs a descriptor.
 LimitNOFILE=262144
+# A descriptor keeps the inodes and names of all directories above it in the kernel, so that the number of
+# descriptors alone bounds nothing; that memory is charged to the unit. Guest memory that virtiofsd is the
+# first to fill is charged to it as well, up to all of it. {ROOM} MiB are for the rest: more than what all
+# descriptors take for plain files (some 2 KiB each), since an end by this limit ends the VM.
+MemoryMax={(vm.memory_max or vm.memory) + ROOM}M
 # It maps the guest's memory, which a core dump would hold.
 LimitCORE=0
 TasksMax=64

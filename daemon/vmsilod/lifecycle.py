@@ -49,12 +49,7 @@ class Lifecycle:
     """`bus.service.Domain` over the registry; tells each subscriber of every change."""
 
     def __init__(
-        self,
-        registry: Registry,
-        systemd: Systemd,
-        holders: Holders,
-        runs: Runs,
-        publication: Publication,
+        self, registry: Registry, systemd: Systemd, holders: Holders, runs: Runs, publication: Publication
     ) -> None:
         self.usb = holders.usb
         self.disks = Disks(registry, lambda: runs.relay)
@@ -125,8 +120,11 @@ class Lifecycle:
         await self._end(name, 0)
 
     async def discard(self, name: str) -> None:
-        """As kill, but first by SIGTERM, so that its unit does not end as failed."""
+        """As kill, but first by SIGTERM, so that its unit does not end as failed. A run that ended unseen is
+        settled too.
+        """
         await self._end(name, DISCARD_SECONDS)
+        await self._settle(self._registry.require(name))
 
     async def _end(self, name: str, grace: float) -> None:
         vm = self._registry.require(name)

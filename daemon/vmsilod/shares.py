@@ -228,12 +228,22 @@ def socket_path(directory: Path, share: Share) -> Path:
 
 
 def check_directory(user: str, share: Share) -> None:
-    os.close(shares.open_directory(share.path, {find_uid(user), share.uid}))
+    os.close(open_share(user, share))
+
+
+def open_share(user: str, share: Share) -> int:
+    """The directory, by a safe way; the caller owns the descriptor. StartFailed for another than meant."""
+    fd = shares.open_directory(share.path, {find_uid(user), share.uid})
+    status = os.fstat(fd)
+    if share.inode not in (None, (status.st_dev, status.st_ino)):
+        os.close(fd)
+        raise StartFailed(f"{share.path} is not the directory any more that it was asked for")
+    return fd
 
 
 def compare_directory(user: str, share: Share, seen: int) -> None:
     """`seen` is what the unit has at /share; it must be what a safe way leads to now."""
-    fd = shares.open_directory(share.path, {find_uid(user), share.uid})
+    fd = open_share(user, share)
     try:
         if not shares.is_same(fd, seen):
             raise StartFailed(f"{share.path} was exchanged while the VM started", "start it again")

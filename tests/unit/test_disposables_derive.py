@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import pytest
 from vmsilod.config.disposables import DisposableOptions
 from vmsilod.config.load import Checks, load_configuration
+from vmsilod.config.model import VmConfig
 from vmsilod.config.shares import SharedDirectory
 from vmsilod.disposables.derive import Wish, derive
 from vmsilod.disposables.find import BUILT_IN, Templates, find_template
+from vmsilod.disposables.places import Here
 from vmsilod.disposables.subnets import Subnets
 from vmsilod.errors import BadRequest, Busy, ConfigBroken, NoSuchVm
 from vmsilod.network.planning import plan_network
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vmsilod.config.load import Configuration
-    from vmsilod.config.model import VmConfig
     from vmsilod.disposables.derive import Derived
 
 BARE = Checks(files=False, accounts=False, ownership=False)
@@ -154,9 +155,10 @@ def test_homes_and_shares_stay_with_the_template(tmp_path: Path) -> None:
     assert (derived.config.shared_home, derived.config.shared_directories) == (False, ())
     assert "shared directories" in derived.notes[0]
     here = SharedDirectory.model_validate({"path": "/home/me/x", "mount": "/home/me/x", "tag": "here"})
-    wish = Wish("work-d000001", network=False, here=here, owner=1234)
+    wish = Wish("work-d000001", network=False, here=Here(here, (64, 4711)), owner=1234)
     config = derive(template, wish, Subnets(DisposableOptions(), [])).config
-    assert config.shared_directories == (here,)
+    assert (config.shared_directories, config.shared_inode) == ((here,), (64, 4711))
+    assert VmConfig.from_json(config.to_json()) == config
     assert "vmsilo.ids=1234:1234" in shape_of(config).kernel_params
     assert shape_of(template).kernel_params == ()
 

@@ -7,14 +7,20 @@ import pwd
 from typing import TYPE_CHECKING
 
 import pytest
+from pydantic import ValidationError
 from vmsilod.bus.requests import Shared
-from vmsilod.disposables.places import accept_directory
-from vmsilod.errors import VmsiloError
+from vmsilod.config import VmConfig
+from vmsilod.config.schema import VmFile
+from vmsilod.disposables.places import Here, accept_directory
+from vmsilod.errors import StartFailed, VmsiloError
+from vmsilod.resources.shares import GuestUser, plan_shares
+from vmsilod.shares import check_directory, compare_directory
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 ME = os.geteuid()
+MY_NAME = pwd.getpwuid(ME).pw_name
 
 
 @pytest.fixture
@@ -27,7 +33,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return home
 
 
-def accept(path: Path | str, *, opened: Path | None = None, home: bool = False, ro: bool = False) -> object:
+def accept(path: Path | str, *, opened: Path | None = None, home: bool = False, ro: bool = False) -> Here:
     fd = os.open(opened or path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return accept_directory(Shared(fd, str(path), readonly=ro, home=home), ME)
@@ -36,8 +42,8 @@ def accept(path: Path | str, *, opened: Path | None = None, home: bool = False, 
 
 
 def test_a_project_is_shared_at_its_own_path(place: Path) -> None:
-    share = accept(place / "project", ro=True)
-    assert (share.path, share.mount, share.tag, share.readonly) == (  # type: ignore[attr-defined]  # as it is
+    share = accept(place / "project", ro=True).share
+    assert (share.path, share.mount, share.tag, share.readonly) == (
         *(str(place / "project"), str(place / "project"), "here"),
         True,
     )
@@ -49,6 +55,51 @@ def test_all_of_the_home_only_if_asked_and_what_holds_it_never(place: Path) -> N
     accept(place, home=True)
     with pytest.raises(VmsiloError, match="holds your home"):
         accept(place.parent, home=True)
+
+
+def test_a_home_behind_a_link_is_a_home(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = place / "data" / "me"
+    (real / "project").mkdir(parents=True)
+    link = place / "link"
+    link.symlink_to("data")
+    entry = pwd.struct_passwd(("me", "x", ME, ME, "", str(link / "me"), "/bin/sh"))
+    monkeypatch.setattr(pwd, "getpwuid", lambda _uid: entry)
+    with pytest.raises(VmsiloError, match="all of your home"):
+        accept(real)
+    accept(real, home=True)
+    with pytest.raises(VmsiloError, match="holds your home"):
+        accept(real.parent, home=True)
+    accept(real / "project")
+
+
+def test_the_start_shares_what_was_opened_and_nothing_else_at_its_path(place: Path) -> None:
+    project, other = place / "project", place / "other"
+    other.mkdir()
+    here = accept(project)
+    config = VmConfig.model_validate(
+        {
+            **{"name": "box", "user": MY_NAME, "memory": 512, "cpus": 1, "color": "red"},
+            **{"image": "default", "start_timeout": 9, "stop_timeout": 9},
+            **{"shared_directories": [here.share], "shared_inode": here.inode},
+        }
+    )
+    (share,) = plan_shares(VmConfig.from_json(config.to_json()), GuestUser("user", ME))
+    check_directory(MY_NAME, share)
+    project.rename(place / "aside")
+    other.rename(project)
+    with pytest.raises(StartFailed, match="not the directory any more"):
+        check_directory(MY_NAME, share)
+    seen = os.open(project, os.O_PATH)  # the unit, too, has what the path leads to
+    try:
+        with pytest.raises(StartFailed, match="not the directory any more"):
+            compare_directory(MY_NAME, share, seen)
+    finally:
+        os.close(seen)
+
+
+def test_no_file_says_which_inode() -> None:
+    with pytest.raises(ValidationError, match="shared_inode"):
+        VmFile.model_validate({"name": "a", "shared_inode": (1, 2)})
 
 
 @pytest.mark.parametrize("path", ["/", "/etc", "/proc", "/usr", "/usr/share", "/run", "/dev", "/sys"])

@@ -49,6 +49,8 @@ class VmConfig(DiskOptions):
 
     `template`: no file says this one; it is a disposable that was made of the VM of that name.
     `guest_id`: the uid and gid of its guest's user, None for those of the image; no file says that either.
+    `shared_inode`: device and inode that its shared directory must have, None for what its path leads to;
+    no file says that either.
     """
 
     name: VmName
@@ -76,6 +78,7 @@ class VmConfig(DiskOptions):
     disposable: bool = False
     template: VmName | None = None
     guest_id: int | None = None
+    shared_inode: tuple[int, int] | None = None
     depends_on: VmNames = ()
     restart: RestartPolicy = RestartPolicy()
     pci_devices: PciDevices = ()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ipaddress import IPv4Address, IPv6Address
 
     from vmsilod.config.model import VmConfig
-    from vmsilod.config.shares import SharedDirectory
+    from vmsilod.disposables.places import Here
     from vmsilod.disposables.subnets import Subnets
 
 
@@ -39,7 +39,7 @@ class Wish:
 
     name: str
     network: bool = True
-    here: SharedDirectory | None = None
+    here: Here | None = None
     owner: int = 0
 
 
@@ -77,7 +77,8 @@ def derive(template: VmConfig, wish: Wish, subnets: Subnets) -> Derived:
         "additional_disks": readable,
         "persist": (),
         "shared_home": False,
-        "shared_directories": () if here is None else (here,),
+        "shared_directories": () if here is None else (here.share,),
+        "shared_inode": None if here is None else here.inode,
         "guest_id": None if here is None else owner,
         # Three keys of its own take longer to make than the rest of it, and nobody logs in twice.
         "ssh": False,

@@ -3,7 +3,8 @@
 Built by main; the bus asks it for new ones, the publication for their configurations (`amend`), the
 lifecycle tells it of every change of a VM. A disposable lives for the bus connections of those who asked for
 it, and for one run. What must not be forgotten is in its record before anything is acquired, so that vmsilod
-can be killed at any moment. Nobody waits for the clean-up: the caller has gone when it begins.
+can be killed at any moment. Nobody waits for the clean-up: the caller has gone when it begins. It is
+repeated until nothing is left.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from vmsilod.disposables.find import Templates, find_taken, find_template
 from vmsilod.disposables.places import accept_directory
 from vmsilod.disposables.records import DisposableRecord
 from vmsilod.disposables.subnets import Subnets
-from vmsilod.errors import BadRequest, Busy, Denied, Timeout, VmsiloError
+from vmsilod.errors import BadRequest, Busy, Denied, Failed, Timeout, VmsiloError
 from vmsilod.host import find_uid
 from vmsilod.waiting import Lock
 
@@ -46,6 +47,8 @@ log = logging.getLogger(__name__)
 NAME_MAX = 31
 SUFFIX_BYTES = 3
 GONE_SECONDS = 60.0
+RETRY_SECONDS = 2.0  # after the first attempt to take one away that failed; then twice as long each time
+RETRY_MAX_SECONDS = 300.0
 UP = ("starting", "running", "stopping")
 
 
@@ -104,10 +107,11 @@ class Disposables:
         for disposable in list(self._all.values()):
             vm = self._registry.find(disposable.name)
             disposable.was_up = vm is not None and vm.is_up
-            for holder in disposable.record.holders:
-                self._leashes.watch(holder, self._holder_gone)
             if disposable.record.ended or not disposable.record.holders:
                 loop.spawn(self._destroy(disposable))
+                continue
+            for holder in disposable.record.holders:
+                self._leashes.watch(holder, self._holder_gone)
 
     def amend(self, configuration: Configuration) -> Configuration:
         """The configuration with all disposables in it. What changes live in a VM follows the template; with
@@ -245,30 +249,49 @@ class Disposables:
             await self._destroy(disposable)
 
     async def _destroy(self, disposable: Disposable) -> None:
-        """Take all of it away, the record last."""
+        """Take all of it away, the record last. What cannot be taken away yet counts until it is."""
         if disposable.leaving:
             return
         disposable.leaving = True
-        name = disposable.name
-        for holder in disposable.record.holders:
-            self._leashes.drop(holder)
-        try:
-            vm = self._registry.find(name)
-            if vm is not None:
-                await self._lifecycle.discard(name)
-                await self._publication.remove(vm)
-                disposable.removed = True
-                vm.config, vm.configured, vm.problems = None, False, ("it was a disposable",)
-                self._lifecycle.drop_gone()
-            async with disposable.lock:
-                await loop.in_worker(records.forget_record, name)
-        except VmsiloError as error:
-            log.error("VM %s: the disposable cannot be taken away: %s", name, error)
-        finally:
-            del self._all[name]
-            disposable.gone.set_result(None)
+        self._drop_leashes(disposable)
+        delay = RETRY_SECONDS
+        while True:
+            try:
+                await self._take_away(disposable)
+                break
+            except Exception as error:  # nobody is above: whatever it is, the VM must not be forgotten
+                bug = None if isinstance(error, VmsiloError) else error
+                text = "VM %s: the disposable cannot be taken away yet, again in %g s: %s"
+                log.error(text, disposable.name, delay, error, exc_info=bug)
+            await loop.after(delay)
+            delay = min(2 * delay, RETRY_MAX_SECONDS)
+        del self._all[disposable.name]
+        disposable.gone.set_result(None)
         if disposable.shadows:
             await self._publication.reload()
+
+    def _drop_leashes(self, disposable: Disposable) -> None:
+        """But those of connections that hold another one."""
+        others = [other for other in self._all.values() if not other.leaving]
+        held = {holder for other in others for holder in other.record.holders}
+        for holder in disposable.record.holders:
+            if holder not in held:
+                self._leashes.drop(holder)
+
+    async def _take_away(self, disposable: Disposable) -> None:
+        """Again after a failure: each step finds what the last attempt has left."""
+        name = disposable.name
+        vm = self._registry.find(name)
+        if vm is not None and not disposable.removed:
+            await self._lifecycle.discard(name)
+            if vm.is_up or vm.record is not None:
+                raise Failed("its run has not ended")
+            await self._publication.remove(vm)
+            disposable.removed = True
+            vm.config, vm.configured, vm.problems = None, False, ("it was a disposable",)
+            self._lifecycle.drop_gone()
+        async with disposable.lock:
+            await loop.in_worker(records.forget_record, name)
 
     async def _save(self, disposable: Disposable, record: DisposableRecord) -> None:
         disposable.record = record

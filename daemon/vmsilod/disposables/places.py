@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import pwd
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,17 @@ if TYPE_CHECKING:
 TAG = "here"
 
 
-def accept_directory(shared: Shared, owner: int) -> SharedDirectory:
+@dataclass(frozen=True)
+class Here:
+    """`inode`: device and inode of what the caller has opened. By the time of the start the path may lead to
+    another directory of his, if others can rename things on the way.
+    """
+
+    share: SharedDirectory
+    inode: tuple[int, int]
+
+
+def accept_directory(shared: Shared, owner: int) -> Here:
     """Blocks. Raises a VmsiloError that says in a line why not."""
     path = shared.path
     status = os.fstat(shared.fd)
@@ -42,17 +53,36 @@ def accept_directory(shared: Shared, owner: int) -> SharedDirectory:
         raise BadRequest(f"'{path}' is not the plain path of a directory")
     if status.st_uid != owner:
         raise Denied(f"'{path}' belongs to uid {status.st_uid}, not to you", "go to a directory of your own")
-    home = Path(pwd.getpwuid(owner).pw_dir)
-    if home.is_relative_to(path) and not (shared.home and home == Path(path)):
-        whole = Path(path) == home
-        raise BadRequest(
-            f"'{path}' is all of your home directory" if whole else f"'{path}' holds your home directory",
-            "go to a directory in it; --allow-home shares it all the same" if whole else "",
-        )
+    inode = (status.st_dev, status.st_ino)
+    _refuse_home(Path(path), inode, Path(pwd.getpwuid(owner).pw_dir), allowed=shared.home)
     fd = shares.open_directory(Path(path), {owner})
     try:
         if not shares.is_same(fd, shared.fd):
             raise BadRequest(f"'{path}' is not the directory that was opened", "cd there anew")
     finally:
         os.close(fd)
-    return share
+    return Here(share, inode)
+
+
+def _refuse_home(path: Path, inode: tuple[int, int], home: Path, *, allowed: bool) -> None:
+    """By inode too: links and bind mounts give a directory several paths, and passwd says one of them."""
+    real = Path(os.path.realpath(home))
+    if path in (home, real) or inode == _find_inode(real):
+        if allowed:
+            return
+        raise BadRequest(
+            f"'{path}' is all of your home directory",
+            "go to a directory in it; --allow-home shares it all the same",
+        )
+    above = {*home.parents, *real.parents}
+    if path in above or inode in {_find_inode(place) for place in above}:
+        raise BadRequest(f"'{path}' holds your home directory")
+
+
+def _find_inode(path: Path) -> tuple[int, int] | None:
+    """None for what is not there, or not for root (a home by FUSE): then the path has to do."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino

@@ -67,4 +67,8 @@ def load_records(directory: Path = DIRECTORY) -> list[DisposableRecord]:
 
 def forget_record(name: str, directory: Path = DIRECTORY) -> None:
     for suffix in (".json", ".new"):
-        (directory / f"{name}{suffix}").unlink(missing_ok=True)
+        path = directory / f"{name}{suffix}"
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise Failed(f"cannot remove {path}: {error.strerror}") from error

@@ -67,6 +67,8 @@ class Share:
     gid_map: Ranges | None = None
     many: bool = False
     """Files of several users: served by root with the rights that this takes."""
+    inode: tuple[int, int] | None = None
+    """Device and inode of the directory that was opened for it; None: whatever the path leads to."""
 
     @property
     def is_home(self) -> bool:
@@ -112,7 +114,7 @@ def plan_shares(config: VmConfig, guest: GuestUser) -> tuple[Share, ...]:
         shares.append(
             Share(
                 entry.tag, Path(entry.path), entry.mount, entry.readonly, entry.cache, uid, gid, guest.uid,
-                entry.uid_map, entry.gid_map, entry.has_many,
+                entry.uid_map, entry.gid_map, entry.has_many, config.shared_inode,
             )
         )  # fmt: skip
     return tuple(shares)

@@ -43,7 +43,7 @@ $(VENV)/.made: pyproject.toml
 
 venv: packages $(VENV)/.made
 
-test: venv ## lint, unit, bus, net, host and end-to-end tests, the core of the lab: what CI runs
+test: venv ## lint, unit, bus, net, host and end-to-end tests, with nested KVM the core of the lab: what CI runs
 	$(RUN)/python -m hosts.suite
 
 fast: venv ## lint, unit and bus tests only (two minutes)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+from hosts.lab_machine import find_accelerator
 from hosts.layers import REPO, enter_private_mounts
 
 FAST = ("unit", "bus")
@@ -28,6 +29,16 @@ def run_tier(tier: str) -> tuple[int, float]:
     return status, time.monotonic() - begin
 
 
+def find_tiers() -> tuple[str, ...]:
+    """The lab's core only with nested KVM: under QEMU's emulation of SVM its guests hang now and then (a
+    vCPU that faults for ever on one instruction), and its own kernel crashes; that says nothing of vmsilo.
+    """
+    if find_accelerator() == "kvm":
+        return ALL
+    print("skipped: lab, which needs nested KVM to be reliable; `make lab-test` runs it all the same")
+    return ALL[:-1]
+
+
 def lint() -> bool:
     print("===== lint =====", flush=True)
     commands = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",))
@@ -38,7 +49,7 @@ def lint() -> bool:
 
 
 def main() -> int:
-    tiers = FAST if "--fast" in sys.argv[1:] else ALL
+    tiers = FAST if "--fast" in sys.argv[1:] else find_tiers()
     enter_private_mounts()
     clean = lint()
     results = {tier: run_tier(tier) for tier in tiers}

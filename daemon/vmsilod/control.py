@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import socket
 import struct
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from gi.repository import GLib
 
-from vmsilod import loop
+from vmsilod import closing, loop
 from vmsilod.errors import BadRequest, VmsiloError
 from vmsilod.waiting import readable
 
@@ -50,6 +49,7 @@ OPERATIONS = {
     "share": ("share",),
     "debugshare": ("share",),
 }
+TAKE_DESCRIPTORS = ("prepare", "share", "share again")
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,11 @@ def identify(sock: socket.socket) -> Peer | None:
     return Peer(pid, uid, gid, *found) if found else None
 
 
+def uid_of(sock: socket.socket) -> int:
+    _, uid, _ = UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
+    return int(uid)
+
+
 class ControlServer:
     """Accepts on a listening socket until closed."""
 
@@ -145,7 +150,8 @@ class ControlServer:
                 return
             peer = identify(sock)
             if peer is None or self._peers[peer.unit] >= MAX_PEERS_PER_UNIT:
-                sock.close()
+                # What a stranger has sent along is closed with it.
+                closing.close_later(peer.unit if peer else uid_of(sock), [sock])
                 continue
             sock.settimeout(0)
             self._peers[peer.unit] += 1
@@ -153,22 +159,26 @@ class ControlServer:
 
     async def _serve(self, sock: socket.socket, peer: Peer) -> None:
         try:
-            with sock:
-                if await readable(sock.fileno(), REQUEST_SECONDS):
-                    await self._answer(sock, peer)
+            if await readable(sock.fileno(), REQUEST_SECONDS):
+                await self._answer(sock, peer)
         except OSError as error:
             log.warning("launcher of %s went away: %s", peer.name, error.strerror)
         finally:
+            closing.close_later(peer.unit, [sock])
             self._peers[peer.unit] -= 1
             if not self._peers[peer.unit]:
                 del self._peers[peer.unit]
 
     async def _answer(self, sock: socket.socket, peer: Peer) -> None:
-        data, fds, _, _ = socket.recv_fds(sock, MAX_REQUEST, MAX_REQUEST_FDS)
+        # All that there can be: the kernel would close the rest on this thread.
+        data, fds, _, _ = socket.recv_fds(sock, MAX_REQUEST, closing.PACKET_FDS_MAX)
+        room = closing.receive(peer.unit, len(fds))
         prepared: Prepared | None = None
         handed: list[int] = []
         try:
             operation = parse_operation(data, peer)
+            if fds and not (room and operation in TAKE_DESCRIPTORS and len(fds) <= MAX_REQUEST_FDS):
+                raise BadRequest(f"unit {peer.unit} sent descriptors that nobody asked for")
             if operation == "stop":
                 reply = await self._handler.shut_down(peer)
             elif operation.startswith("forward"):
@@ -188,15 +198,14 @@ class ControlServer:
             log.warning("VM %s: %s", peer.name, error)
             reply = {"error": {"code": error.code, "message": str(error), "hint": error.hint}}
         finally:
-            for fd in fds:
-                os.close(fd)
+            closing.close_received(peer.unit, fds)
         try:
             # A packet this small to a fresh socket never blocks: the launcher sits in recvmsg.
             passed = prepared.launch.fds if prepared else tuple(handed)
             socket.send_fds(sock, [json.dumps(reply).encode()], passed)
         finally:
-            for fd in prepared.close if prepared else handed:
-                os.close(fd)
+            # The terminal of a debug run is the caller's file. Not in the queue of what the unit has sent.
+            closing.close_later(f"sent to {peer.unit}", prepared.close if prepared else handed)
 
 
 def parse_operation(untrusted_data: bytes, peer: Peer) -> str:

@@ -16,7 +16,7 @@ import time
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-from vmsilod import loop, ssh_login
+from vmsilod import closing, loop, ssh_login
 from vmsilod.bus.views import Reloaded, VmRemoved, printable
 from vmsilod.disks import Disks
 from vmsilod.errors import Busy, ConfigBroken, Denied, Failed, NotRunning, StartFailed, Timeout, VmsiloError
@@ -231,8 +231,7 @@ class Lifecycle:
                 raise ConfigBroken(f"VM '{name}' is disabled: {'; '.join(vm.problems)}", "vmsilo check")
             terminals[name] = [os.dup(fd) for fd in fds]
         finally:
-            for fd in fds:
-                os.close(fd)
+            closing.close_later(f"terminal of {name}", fds)
         vm.debug = True
         before = vm.last
         await self._endings.cancel(vm)
@@ -240,8 +239,7 @@ class Lifecycle:
         try:
             result = await self._systemd.start(vm.debug_service)
         finally:
-            for fd in terminals.pop(name, []):
-                os.close(fd)
+            closing.close_later(f"terminal of {name}", terminals.pop(name, []))
             await self._refresh(vm)
             if result != "done":
                 await self._restore_socket(vm)

@@ -13,7 +13,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from vmsilod import disk_plans, loop, preparation
+from vmsilod import closing, disk_plans, loop, preparation
 from vmsilod.consoles import console_of, split_passed
 from vmsilod.control import Peer, Prepared
 from vmsilod.disk_claims import hold_disks
@@ -183,8 +183,9 @@ class Runs:
             )
             await loop.in_worker(records.save_record, vm.record)
         except BaseException:
-            for fd in [*held, *terminals]:
+            for fd in held:
                 os.close(fd)
+            closing.close_later(f"terminal of {vm.name}", terminals)
             raise
         self._endings.watch(vm)
         self._on_change(vm)

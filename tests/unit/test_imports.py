@@ -28,7 +28,7 @@ PACKAGES = {
 # Inside vmsilod, from the bottom up: each line may import from the lines above it, and from its own.
 LAYERS = (
     {"vmsilod.errors"},
-    {"vmsilod.loop"},
+    {"vmsilod.loop", "vmsilod.closing"},
     {"vmsilod.waiting", "vmsilod.events"},
     {"vmsilod.pci", "vmsilod.network.plan", "vmsilod.network.names"},
     {"vmsilod.config", "vmsilod.resources", "vmsilod.vmm", "vmsilod.systemd"},

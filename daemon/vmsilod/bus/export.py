@@ -14,17 +14,17 @@ import fcntl
 import inspect
 import logging
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gi.repository import Gio, GLib
 from pydbus.registration import ObjectWrapper
 
-from vmsilod import loop
+from vmsilod import closing, loop
 from vmsilod.bus.actions import PROPERTIES_INTERFACE, VIEW, Message, Need, classify
 from vmsilod.bus.polkit import Authority, Question
-from vmsilod.errors import BadRequest, Failed, shown_error, wire_of
+from vmsilod.errors import BadRequest, Busy, Failed, shown_error, wire_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -38,14 +38,6 @@ log = logging.getLogger(__name__)
 ARGUMENT_BYTES_MAX = 1 << 20
 TAKE_DESCRIPTORS = ("StartDebug", "CreateDisposableHere")
 _PROPERTY_REPLIES = {"Get": ["v"], "GetAll": ["a{sv}"]}
-
-
-_closer = ThreadPoolExecutor(1, thread_name_prefix="vmsilo-closer")
-
-
-def _close_all(fds: list[int]) -> None:
-    for fd in fds:
-        os.close(fd)
 
 
 class Exportable(Protocol):
@@ -75,7 +67,8 @@ class Call:
         self._invocation = invocation
         self._fds: list[int] = list(attached.steal_fds()) if attached is not None else []
         self.sender: str = invocation.get_sender()
-        self.uid = -1
+        self.uid = -1  # of a caller that had gone before anybody could ask
+        self._counted = False
         flags = message.get_flags()
         self.interactive = bool(flags & Gio.DBusMessageFlags.ALLOW_INTERACTIVE_AUTHORIZATION)
 
@@ -91,11 +84,16 @@ class Call:
         except OSError as error:
             raise Failed("no descriptor is free") from error
 
+    def admit(self, uid: int) -> None:
+        """Busy if the user has too many descriptors here, which wait for polkit or for their close."""
+        self.uid, self._counted = uid, True
+        if self._fds and not closing.receive(uid, len(self._fds)):
+            raise Busy("too many descriptors of yours are open here", "try again")
+
     def close(self) -> None:
-        """Give away what came with the message, to a thread: a close can block (SO_LINGER, FUSE)."""
+        """Give away what came with the message: the loop does not wait for its close."""
         fds, self._fds = self._fds, []
-        if fds:
-            _closer.submit(_close_all, fds)
+        (closing.close_received if self._counted else closing.close_later)(self.uid, fds)
 
     def answer(self, types: Sequence[str], result: Any) -> None:
         """Reply with the handler's result. A descriptor in it is duplicated into the message and closed."""
@@ -122,9 +120,10 @@ class Exported(ObjectWrapper):  # type: ignore[misc]  # pydbus has no types
         loop.spawn(self._serve(Call(invocation), interface, method, parameters))
 
     async def _serve(self, call: Call, interface: str, method: str, parameters: GLib.Variant) -> None:
-        if method not in TAKE_DESCRIPTORS:
-            call.close()  # nothing else takes descriptors, and none are to wait for polkit's answer
         try:
+            call.admit(await self._gate.callers.find_uid(call.sender))
+            if method not in TAKE_DESCRIPTORS:
+                call.close()  # nothing else takes descriptors, and none are to wait for polkit's answer
             if parameters.get_size() > ARGUMENT_BYTES_MAX:
                 raise BadRequest(f"the arguments are larger than {ARGUMENT_BYTES_MAX >> 10} KiB")
             # Unpacked once: what is authorised is what is handled.
@@ -140,7 +139,6 @@ class Exported(ObjectWrapper):  # type: ignore[misc]  # pydbus has no types
 
     async def _authorize(self, call: Call, need: Need) -> None:
         gate = self._gate
-        call.uid = await gate.callers.find_uid(call.sender)
         for action in need.actions:
             await gate.authority.check(
                 Question(call.sender, call.uid, action, need.details, interactive=call.interactive)
@@ -225,7 +223,8 @@ def _pack(types: Sequence[str], result: Any) -> tuple[GLib.Variant, Gio.UnixFDLi
         for index, fd in zip(handles, fds, strict=True):
             values[index] = attached.append(fd)
     finally:
-        _close_all(fds)
+        for fd in fds:
+            os.close(fd)
     return GLib.Variant(f"({''.join(types)})", tuple(values)), attached
 
 

@@ -6,7 +6,6 @@ bus connection. Authorisation has happened in export.py when a method here runs.
 
 from __future__ import annotations
 
-import os
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ import pydbus
 from gi.repository import Gio, GLib
 from pydbus.generic import signal
 
-from vmsilod import loop
+from vmsilod import closing, loop
 from vmsilod.bus import names, requests
 from vmsilod.bus.actions import MANAGER_INTERFACE, OBJECTS_INTERFACE, VIEW, VM_INTERFACE
 from vmsilod.bus.callers import Audience, Callers
@@ -211,9 +210,9 @@ class RootObject:
             for handle in handles:
                 fds.append(call.take_fd(handle))
         except BaseException:
-            for fd in fds:
-                os.close(fd)
+            closing.close_later(call.uid, fds)
             raise
+        call.close()
         stdin, stdout, stderr = fds
         return await self._domain.start_debug(name, (stdin, stdout, stderr))
 
@@ -228,11 +227,12 @@ class RootObject:
         self, call: Call, template: str, handle: int, options: dict[str, Any]
     ) -> tuple[str, list[str]]:
         fd = call.take_fd(handle)
+        call.close()
         try:
             request = requests.parse_here(template, call.uid, call.sender, fd, options)
             name, notes = await self._domain.disposables.create(request)
         finally:
-            os.close(fd)
+            closing.close_later(call.uid, [fd])
         return name, [printable(note) for note in notes]
 
 

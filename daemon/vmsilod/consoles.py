@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmsilod import loop
 from vmsilod.bus.views import VmRemoved, VmView
-from vmsilod.errors import VmsiloError
+from vmsilod.errors import Failed, VmsiloError
 from vmsilod.host import find_uid
 from vmsilod.order_socket import OrderSocket
 from vmsilod.resources import rundir
@@ -85,10 +85,10 @@ class Consoles:
         """Make consoled's listeners and runs those of the registry."""
         self._again = True
         if not self._agreeing:
+            self._agreeing = True  # now: what is spawned begins later
             loop.spawn(self._agree())
 
     async def _agree(self) -> None:
-        self._agreeing = True
         try:
             while self._again:
                 self._again = False
@@ -174,7 +174,12 @@ def bind_fresh(path: Path, owner: int) -> int:
     fresh = path.with_name(f".{path.name}.new")
     fresh.unlink(missing_ok=True)
     listener = rundir.bind_listener(fresh, socket.SOCK_SEQPACKET, 0o600, (owner, 0))
-    fresh.rename(path)
+    try:
+        fresh.rename(path)
+    except OSError as error:
+        os.close(listener)
+        fresh.unlink(missing_ok=True)
+        raise Failed(f"cannot make {path}: {error.strerror}") from error
     return listener
 
 

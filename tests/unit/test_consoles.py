@@ -7,14 +7,17 @@ import pwd
 import socket
 import stat
 import termios
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from vmsilod import consoles
+import pytest
+from vmsilod import consoles, loop
 from vmsilod.config.model import VmConfig
-from vmsilod.registry import Vm
+from vmsilod.errors import Failed
+from vmsilod.registry import Registry, Vm
 from vmsilod.resources.record import Record
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
     from pathlib import Path
 
 
@@ -81,3 +84,27 @@ def test_a_bound_console_is_the_owners_alone(tmp_path: Path) -> None:
         listener = consoles.bind_fresh(path, os.getuid())
         assert stat.S_IMODE(path.lstat().st_mode) == 0o600
         os.close(listener)
+
+
+def test_a_place_that_cannot_be_taken_costs_no_descriptor(tmp_path: Path) -> None:
+    path = tmp_path / "banking-console"
+    path.mkdir()
+    before = sorted(os.listdir("/proc/self/fd"))  # noqa: PTH208 - a Path would open one more
+    with pytest.raises(Failed, match="cannot make"):
+        consoles.bind_fresh(path, os.getuid())
+    assert sorted(os.listdir("/proc/self/fd")) == before  # noqa: PTH208 - as above
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_wishes_at_once_make_one_agreement(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    begun = []
+
+    def spawn(coroutine: Coroutine[Any, Any, None]) -> None:
+        begun.append(coroutine)
+        coroutine.close()
+
+    monkeypatch.setattr(loop, "spawn", spawn)
+    ours = consoles.Consoles(Registry(), str(tmp_path), tmp_path)
+    ours.agree_soon()
+    ours.agree_soon()
+    assert len(begun) == 1

@@ -262,7 +262,8 @@ class Disposables:
             except Exception as error:  # nobody is above: whatever it is, the VM must not be forgotten
                 bug = None if isinstance(error, VmsiloError) else error
                 text = "VM %s: the disposable cannot be taken away yet, again in %g s: %s"
-                log.error(text, disposable.name, delay, error, exc_info=bug)
+                level = logging.INFO if delay == RETRY_SECONDS and bug is None else logging.ERROR
+                log.log(level, text, disposable.name, delay, error, exc_info=bug)
             await loop.after(delay)
             delay = min(2 * delay, RETRY_MAX_SECONDS)
         del self._all[disposable.name]

@@ -21,11 +21,12 @@ from vmsilo.errors import (
 )
 from vmsilo.names import socket_path
 from vmsilo.place import Place
-from vmsilo.startup import StatusWatch, draw_bar
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
+
+    from vmsilo.startup import StatusWatch
 
 PACKET_MAX = 4096
 ANSWER_GRACE = 15  # seconds that relayd has to say that its own wait ran out
@@ -36,7 +37,7 @@ SHOW_AFTER = 0.5  # seconds; a warm VM answers long before
 class Progress:
     """One line at a terminal, replaced in place and erased; silent elsewhere."""
 
-    __slots__ = ("_name", "_program", "_shown", "_since", "_text", "_wanted", "_watch", "booting")
+    __slots__ = ("_name", "_place", "_program", "_shown", "_since", "_text", "_wanted", "_watch", "booting")
 
     def __init__(self, program: str, name: str, since: float, place: Place) -> None:
         self._program = program
@@ -45,7 +46,8 @@ class Progress:
         self._text = "waiting for the VM"
         self._shown = False
         self._wanted = os.isatty(2)
-        self._watch = StatusWatch(name, place)
+        self._place = place
+        self._watch: StatusWatch | None = None
         self.booting = False  # the relay has said so
 
     def say(self, untrusted_text: str) -> None:
@@ -59,7 +61,7 @@ class Progress:
             return
         text = self._text
         if not self.booting:
-            text = draw_bar(self._watch.read()) or text
+            text = self._ask() or text
         try:
             columns = os.get_terminal_size(2).columns or 80
         except OSError:
@@ -69,8 +71,15 @@ class Progress:
         write_stderr("\r" + line + clock + "\x1b[K")
         self._shown = True
 
+    def _ask(self) -> str:
+        from vmsilo.startup import StatusWatch, draw_bar  # late: a warm VM answers before
+
+        self._watch = self._watch or StatusWatch(self._name, self._place)
+        return draw_bar(self._watch.read())
+
     def erase(self) -> None:
-        self._watch.close()
+        if self._watch is not None:
+            self._watch.close()
         if self._shown:
             write_stderr("\r\x1b[K")
             self._shown = False

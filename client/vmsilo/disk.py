@@ -1,6 +1,5 @@
 """vmsilo disk: the disks of VMs, made larger, and what a VM keeps removed. One D-Bus call each."""
 
-import os
 import re
 
 from vmsilo.bus import Bus, check_known, is_interactive
@@ -9,6 +8,7 @@ from vmsilo.lifecycle import POLKIT_WAIT
 from vmsilo.names import check_name
 from vmsilo.options import parse_options
 from vmsilo.place import Place
+from vmsilo.tables import print_json, print_table, print_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ DISK_WAIT = 60  # seconds
 def main(argv: list[str], place: Place) -> int:
     options, rest = parse_options(argv, ("--json", "--help", "-h"), ())
     if not argv or "--help" in options or "-h" in options:
-        _print(USAGE)
+        print_text(USAGE)
         return 0
     command, arguments = (rest[0], rest[1:]) if rest else ("", [])
     if command not in COUNTS:
@@ -81,17 +81,13 @@ def shown_size(size: int) -> str:
 
 def _show(disks: "list[dict[str, Any]]", *, as_json: bool) -> None:
     if as_json:
-        import json
-
-        _print(json.dumps(disks, indent=2, sort_keys=True) + "\n")
+        print_json(disks)
         return
     if not disks:
-        _print("No VM has a disk beside its root.\n")
+        print_text("No VM has a disk beside its root.\n")
         return
     rows = [HEADINGS, *(_row(disk) for disk in disks)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADINGS))]
-    for row in rows:
-        _print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")
+    print_table(rows)
 
 
 def _row(disk: "dict[str, Any]") -> tuple[str, ...]:
@@ -99,9 +95,3 @@ def _row(disk: "dict[str, Any]") -> tuple[str, ...]:
     sizes = (shown_size(int(disk.get(key) or 0)) for key in ("Size", "Allocated"))
     names = (printable(disk.get(key) or "-", 40) for key in ("Vm", "Id"))
     return (*names, *sizes, state, printable(disk.get("Mount") or "-"), printable(disk.get("Path") or "-"))
-
-
-def _print(text: str) -> None:
-    data = text.encode("utf-8", "replace")
-    while data:
-        data = data[os.write(1, data) :]

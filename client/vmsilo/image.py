@@ -12,6 +12,7 @@ from vmsilo.bus import Bus
 from vmsilo.errors import ClientError, UsageError, printable, write_stderr
 from vmsilo.options import parse_options
 from vmsilo.place import Place
+from vmsilo.tables import align, join, print_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ HEADINGS = ("IMAGE", "VERSION", "STATE", "DISK", "BUILT", "VMS")
 
 def main(argv: list[str], place: Place) -> int:
     if not argv or argv[0] in ("help", "--help", "-h"):
-        _print(USAGE)
+        print_text(USAGE)
         return 0
     program = f"{place.libdir}/bin/vmsilo-image"
     if argv[0] != "list" or "--help" in argv or "-h" in argv:
@@ -55,9 +56,9 @@ def main(argv: list[str], place: Place) -> int:
     if "--json" in options:
         import json
 
-        _print(json.dumps([row | {"vms": _users(row, vms)} for row in versions], indent=2) + "\n")
+        print_text(json.dumps([row | {"vms": _users(row, vms)} for row in versions], indent=2) + "\n")
         return 0
-    _print(_table(versions, vms))
+    print_text(_table(versions, vms))
     if why is not None:
         write_stderr(f"vmsilo: the VMs are not shown: {why.fact}\n")
     return 0
@@ -118,11 +119,7 @@ def _table(versions: "list[dict[str, Any]]", vms: "list[dict[str, Any]] | None")
                 printable(", ".join(users), 200) or "-",
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADINGS))] if rows else []
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    lines = [join(cells) for cells in align(rows)]
     if not versions:
         lines.append("There is no image yet: sudo vmsilo image build default")
     known = {row["name"] for row in versions if row["current"]}
@@ -141,9 +138,3 @@ def _missing(vms: "list[dict[str, Any]]", known: "set[str]") -> "dict[str, list[
         if image and image not in known and vm.get("ImageVersion") != "custom":
             found.setdefault(image, []).append(str(vm.get("Name")))
     return found
-
-
-def _print(text: str) -> None:
-    data = text.encode("utf-8", "replace")
-    while data:
-        data = data[os.write(1, data) :]

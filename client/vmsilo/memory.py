@@ -1,6 +1,5 @@
 """vmsilo memory: shows a VM's memory, or asks its guest to have more or less of it."""
 
-import os
 import time
 
 from vmsilo.bus import Bus, check_known, is_interactive
@@ -8,6 +7,7 @@ from vmsilo.errors import UsageError, printable
 from vmsilo.names import check_name
 from vmsilo.options import parse_options
 from vmsilo.place import Place
+from vmsilo.tables import print_json, print_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ LABELS = (
 def main(argv: list[str], place: Place) -> int:
     options, rest = parse_options(argv, ("--json", "--help", "-h"), ())
     if "--help" in options or "-h" in options:
-        _print(USAGE)
+        print_text(USAGE)
         return 0
     if len(rest) not in (1, 2):
         raise UsageError("no VM named" if not rest else "vmsilo memory takes NAME and SIZE")
@@ -57,7 +57,7 @@ def main(argv: list[str], place: Place) -> int:
         return 0
     if "--json" not in options:
         verb = "gave back" if memory.get("actual", 0) > size else "took"
-        _print(f"The guest {verb} only a part of it so far; it may go on.\n")
+        print_text(f"The guest {verb} only a part of it so far; it may go on.\n")
     return 1
 
 
@@ -82,16 +82,8 @@ def _await_guest(bus: Bus, name: str, memory: "dict[str, Any]") -> "dict[str, An
 
 def _show(memory: "dict[str, Any]", *, as_json: bool) -> None:
     if as_json:
-        import json
-
-        _print(json.dumps(memory, indent=2, sort_keys=True) + "\n")
+        print_json(memory)
         return
     rows = [(label, memory[key]) for key, label in LABELS if isinstance(memory.get(key), int)]
     width = max(len(label) for label, _ in rows)
-    _print("".join(f"{label.ljust(width)}  {size} MiB\n" for label, size in rows))
-
-
-def _print(text: str) -> None:
-    data = text.encode()
-    while data:
-        data = data[os.write(1, data) :]
+    print_text("".join(f"{label.ljust(width)}  {size} MiB\n" for label, size in rows))

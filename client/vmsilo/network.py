@@ -1,13 +1,12 @@
 """vmsilo network: interfaces of a VM, given to it and taken away while it runs. One D-Bus call each."""
 
-import os
-
 from vmsilo.bus import Bus, check_known, is_interactive
 from vmsilo.errors import UsageError, printable
 from vmsilo.lifecycle import POLKIT_WAIT
 from vmsilo.names import check_name
 from vmsilo.options import parse_options
 from vmsilo.place import Place
+from vmsilo.tables import print_json, print_table, print_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ DEVICE_WAIT = 60  # seconds; a guest may take fifteen to give an interface up
 def main(argv: list[str], place: Place) -> int:
     options, rest = parse_options(argv, ("--json", "--help", "-h"), ())
     if not argv or "--help" in options or "-h" in options:
-        _print(USAGE)
+        print_text(USAGE)
         return 0
     command, arguments = (rest[0], rest[1:]) if rest else ("", [])
     if command != "list" and command not in METHODS:
@@ -60,17 +59,13 @@ def main(argv: list[str], place: Place) -> int:
 
 def _show(ports: "list[dict[str, Any]]", name: str, *, as_json: bool) -> None:
     if as_json:
-        import json
-
-        _print(json.dumps(ports, indent=2, sort_keys=True) + "\n")
+        print_json(ports)
         return
     if not ports:
-        _print(f"VM '{name}' has no network interface.\n")
+        print_text(f"VM '{name}' has no network interface.\n")
         return
     rows = [HEADINGS, *(_row(port) for port in ports)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADINGS))]
-    for row in rows:
-        _print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")
+    print_table(rows)
 
 
 def _row(port: "dict[str, Any]") -> tuple[str, ...]:
@@ -88,9 +83,3 @@ def describe_dropped(port: "dict[str, Any]") -> str:
     counted = kinds.items() if isinstance(kinds, dict) else ()
     some = [(count, str(kind)) for kind, count in counted if isinstance(count, int) and count > 0]
     return ", ".join(f"{count} {printable(kind, 20)}" for count, kind in sorted(some, reverse=True))
-
-
-def _print(text: str) -> None:
-    data = text.encode("utf-8", "replace")
-    while data:
-        data = data[os.write(1, data) :]

@@ -8,6 +8,7 @@ from vmsilo.errors import ClientError, UsageError, printable
 from vmsilo.names import check_name
 from vmsilo.options import parse_options
 from vmsilo.place import Place
+from vmsilo.tables import align, join, print_json, print_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,10 +39,10 @@ NOT_RUNNING = 3  # as systemctl status has it
 def main(argv: list[str], place: Place) -> int:
     command, arguments = (argv[0], argv[1:]) if argv else ("help", [])
     if command in ("help", "--help", "-h"):
-        _print(USAGE)
+        print_text(USAGE)
         return 0
     if command in ("version", "--version"):
-        _print(f"vmsilo {_version(place)}\n")
+        print_text(f"vmsilo {_version(place)}\n")
         return 0
     if command == "image":
         from vmsilo.image import main as main_image
@@ -73,7 +74,7 @@ def main(argv: list[str], place: Place) -> int:
         raise UsageError(f"unknown command '{printable(command, 60)}'", "vmsilo help")
     options, rest = parse_options(arguments, ("--json", "--help", "-h"), ())
     if "--help" in options or "-h" in options:
-        _print(USAGE)
+        print_text(USAGE)
         return 0
     if len(rest) > (command == "status"):
         raise UsageError(f"vmsilo {command} takes no more arguments")
@@ -99,12 +100,6 @@ def _version(place: Place) -> str:
         raise ClientError(f"cannot read {path}: {exc.strerror}") from exc
 
 
-def _print(text: str) -> None:
-    data = text.encode("utf-8", "replace")
-    while data:
-        data = data[os.write(1, data) :]
-
-
 def _fetch(name: str | None, place: Place) -> "list[dict[str, Any]]":
     bus = Bus(place)
     try:
@@ -118,21 +113,19 @@ def _fetch(name: str | None, place: Place) -> "list[dict[str, Any]]":
 def _show_all(place: Place, *, as_json: bool) -> int:
     vms = _fetch(None, place)
     if as_json:
-        _print_json(vms)
+        print_json(vms)
         return 0
     if not vms:
-        _print("No VMs are configured.\n")
+        print_text("No VMs are configured.\n")
         return 0
     rows = [HEADINGS, *(_row(vm) for vm in sorted(vms, key=lambda vm: str(vm.get("Name"))))]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADINGS))]
     coloured = os.isatty(1)
     lines = []
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+    for row, cells in zip(rows, align(rows), strict=True):
         if coloured and row[1] in STATE_COLOURS:
             cells[1] = f"\x1b[{STATE_COLOURS[row[1]]}m{cells[1]}\x1b[0m"
-        lines.append("  ".join(cells).rstrip())
-    _print("\n".join(lines) + "\n")
+        lines.append(join(cells))
+    print_text("\n".join(lines) + "\n")
     return 0
 
 
@@ -190,7 +183,7 @@ def _uptime(vm: "dict[str, Any]") -> str:
 def _show_vm(name: str, place: Place, *, as_json: bool) -> int:
     (vm,) = _fetch(name, place)
     if as_json:
-        _print_json(vm)
+        print_json(vm)
     else:
         shown = {key: _text(key, vm) for key in vm if key not in ("Problems", "Network", "RestartReasons")}
         width = max(len(key) for key in shown)
@@ -200,7 +193,7 @@ def _show_vm(name: str, place: Place, *, as_json: bool) -> int:
             lines.append(f"restart needed: {'; '.join(reasons) or 'what it was started with has changed'}")
         lines += [f"problem: {printable(problem)}" for problem in vm.get("Problems") or []]
         lines += [_interface(port) for port in vm["Network"]]
-        _print("\n".join(lines) + "\n")
+        print_text("\n".join(lines) + "\n")
     return 0 if vm.get("State") == "running" else NOT_RUNNING
 
 
@@ -232,9 +225,3 @@ def _text(key: str, vm: "dict[str, Any]") -> str:
     if isinstance(value, list | tuple):
         return " ".join(printable(item, 100) for item in value) or "-"
     return printable(value)
-
-
-def _print_json(value: object) -> None:
-    import json
-
-    _print(json.dumps(value, indent=2, sort_keys=True) + "\n")

@@ -1,11 +1,10 @@
 """vmsilo pci: the PCI devices of the host, and who has them. One D-Bus call each."""
 
-import os
-
 from vmsilo.bus import Bus, is_interactive
 from vmsilo.errors import UsageError, printable
 from vmsilo.options import parse_options
 from vmsilo.place import Place
+from vmsilo.tables import print_json, print_table, print_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ POLKIT_WAIT = 120
 def main(argv: list[str], place: Place) -> int:
     options, rest = parse_options(argv, ("--json", "--all", "--help", "-h"), ())
     if "--help" in options or "-h" in options or not rest:
-        _print(USAGE)
+        print_text(USAGE)
         return 0 if options else 2
     command, arguments = rest[0], rest[1:]
     if command == "list" and not arguments:
@@ -48,7 +47,7 @@ def main(argv: list[str], place: Place) -> int:
         bus.close()
     if command == "release":
         driver = printable(reply[0], 60)
-        _print(f"{printable(arguments[0], 20)}: {f'driver {driver}' if driver else 'no driver'}\n")
+        print_text(f"{printable(arguments[0], 20)}: {f'driver {driver}' if driver else 'no driver'}\n")
     return 0
 
 
@@ -60,16 +59,11 @@ def _list(place: Place, *, as_json: bool, bridges: bool) -> int:
         bus.close()
     devices = [{key: value for key, (_signature, value) in device.items()} for device in found]
     if as_json:
-        import json
-
-        _print(json.dumps(devices, indent=2, sort_keys=True) + "\n")
+        print_json(devices)
         return 0
     shown = [device for device in devices if bridges or device.get("Class") != "0604"]
     rows = [HEADINGS, *(_row(device) for device in shown)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADINGS))]
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        _print("  ".join(cells).rstrip() + "\n")
+    print_table(rows)
     return 0
 
 
@@ -88,9 +82,3 @@ def _row(device: "dict[str, Any]") -> tuple[str, ...]:
         printable(device.get("Name", ""), 120),
         printable("; ".join(notes), 200),
     )
-
-
-def _print(text: str) -> None:
-    data = text.encode("utf-8", "replace")
-    while data:
-        data = data[os.write(1, data) :]

@@ -1,13 +1,12 @@
 """vmsilo usb: the USB devices of the host, and which VM has which. One D-Bus call each."""
 
-import os
-
 from vmsilo.bus import Bus, check_known, is_interactive
 from vmsilo.errors import ClientError, UsageError, printable
 from vmsilo.lifecycle import POLKIT_WAIT
 from vmsilo.names import check_name
 from vmsilo.options import parse_options
 from vmsilo.place import Place
+from vmsilo.tables import print_json, print_table, print_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ COUNTS = {"attach": (2, 2), "detach": (1, 2), "release": (1, 1), "list": (0, 0)}
 def main(argv: list[str], place: Place) -> int:
     options, rest = parse_options(argv, ("--json", "--help", "-h"), ())
     if not argv or "--help" in options or "-h" in options:
-        _print(USAGE)
+        print_text(USAGE)
         return 0
     command, arguments = (rest[0], rest[1:]) if rest else ("", [])
     if command not in COUNTS:
@@ -98,17 +97,13 @@ def _addresses(device: "dict[str, Any]") -> set[str]:
 
 def _show(devices: "list[dict[str, Any]]", *, as_json: bool) -> None:
     if as_json:
-        import json
-
-        _print(json.dumps(devices, indent=2, sort_keys=True) + "\n")
+        print_json(devices)
         return
     if not devices:
-        _print("No USB devices are plugged in.\n")
+        print_text("No USB devices are plugged in.\n")
         return
     rows = [HEADINGS, *(_row(device) for device in devices)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADINGS))]
-    for row in rows:
-        _print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")
+    print_table(rows)
 
 
 def _row(device: "dict[str, Any]") -> tuple[str, ...]:
@@ -135,9 +130,3 @@ def _note(device: "dict[str, Any]") -> str:
     if device.get("Rule"):
         notes.append(f"rule of {printable(device['Rule'], 100)}")
     return "; ".join(printable(note, 120) for note in notes if note)
-
-
-def _print(text: str) -> None:
-    data = text.encode("utf-8", "replace")
-    while data:
-        data = data[os.write(1, data) :]

@@ -30,7 +30,10 @@ RESULTS = layers.CACHE / "lab"
 LAB_TESTS = layers.REPO / "tests/lab"
 CORE = ("test_vmm.py", "test_together.py")
 """What `make test` runs of them: `make lab-test` runs all."""
-LONG = ("test_cloud_hypervisor.py", "test_outcomes.py", "test_usb.py", "test_pci.py")
+LONG = (
+    *("test_cloud_hypervisor.py", "test_outcomes.py", "test_network.py", "test_usb.py", "test_pci.py"),
+    "test_hugepages.py",
+)
 """The longest first, so that two labs end at about the same time."""
 SPARE_MIB = 1024  # beside a lab's memory, for its QEMU
 TRIES = 3

@@ -74,15 +74,6 @@ def forwards(interface: str) -> bool:
     return all(_read(family, interface, key) in (None, "1") for family, key in FORWARDING.items())
 
 
-def has_ipv6_forwarding() -> bool:
-    """Whether IPv6 can be forwarded between the VMs' devices alone, or is between all of this host's."""
-    return (
-        _path("ipv6", "lo", FORWARDING["ipv6"]).exists()
-        or _read("ipv6", "all", "forwarding") == "1"
-        or not _has_ipv6()
-    )
-
-
 def lend_forwarding(interface: str, file: Path = LENT_FILE) -> None:
     """To the host's own `interface`, "" for none; what was lent to another before is given back.
 

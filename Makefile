@@ -43,7 +43,7 @@ $(VENV)/.made: pyproject.toml
 
 venv: packages $(VENV)/.made
 
-test: venv ## lint, unit, bus, net, host and end-to-end tests, with nested KVM the core of the lab: what CI runs
+test: venv ## lint, unit, bus, net, host and end-to-end tests, the core of the lab: what CI runs
 	$(RUN)/python -m hosts.suite
 
 fast: venv ## lint, unit and bus tests only (two minutes)
@@ -127,7 +127,8 @@ install: ## install below PREFIX (root); README says what to do then
 	[ -n "$(DESTDIR)" ] || systemd-sysusers /usr/lib/sysusers.d/vmsilo.conf
 	[ -n "$(DESTDIR)" ] || systemd-tmpfiles --create /usr/lib/tmpfiles.d/vmsilo.conf
 	[ -n "$(DESTDIR)" ] || [ ! -d /run/systemd/system ] || { systemctl daemon-reload && \
-		systemctl reload dbus.service; }
+		systemctl reload dbus.service && systemctl try-restart vmsilo-relayd.service vmsilo-consoled.service && \
+		systemctl try-restart vmsilod.service; }
 	@echo "installed; next: write /etc/vmsilo/vmsilo.toml and a VM below /etc/vmsilo/vms.d (examples: $(DOCDIR)/docs/examples)"
 
 uninstall: ## remove what install put there; configuration and images stay

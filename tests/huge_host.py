@@ -42,7 +42,7 @@ PLAIN = """
 cd /var/lib/vmsilo/images/default/$(readlink /var/lib/vmsilo/images/default/current)
 target=/var/lib/vmsilo/images/plain/20260101T000000Z-00000001
 mkdir -p $target && cp --reflink=auto vmlinuz initrd manifest.json $target/
-work=$(mktemp -d /var/tmp/plain-XXXXXX)
+work=$(mktemp -d -p /var/tmp)
 fsck.erofs --extract=$work/root --preserve --overwrite root.erofs >/dev/null
 mkfs.erofs --quiet --preserve-mtime -Enoinline_data $target/root.erofs $work/root
 rm -rf $work

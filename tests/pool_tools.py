@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import pytest
-
-pytest.importorskip("gi", reason="needs python3-gi")
-
-from gi.repository import GLib
+from main_loop import run
 from vmsilod import loop
 from vmsilod.config.model import VmConfig
 from vmsilod.config.schema import GlobalConfig
@@ -19,20 +16,9 @@ from vmsilod.network.pool import NetworkPool
 from vmsilod.network.switch import Switches
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
     from pathlib import Path
 
     from vmsilod.network.plan import NetworkPlan
-
-T = TypeVar("T")
-
-
-def run(coro: Coroutine[Any, Any, T]) -> T:
-    main_loop = GLib.MainLoop()
-    future = loop.spawn(coro)
-    future.add_done_callback(lambda _: loop.call_soon(main_loop.quit))
-    main_loop.run()
-    return future.result(0)
 
 
 def require_workers_here() -> None:

@@ -199,7 +199,7 @@ class Control:
 class Client:
     """vm-run's end of a command socket."""
 
-    def __init__(self, path: Path, packet: bytes | None = None, *, wait: float = 5) -> None:
+    def __init__(self, path: Path, packet: bytes | None = None, *, wait: float | None = 5) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.sock.settimeout(PATIENCE)
         self.sock.connect(str(path))
@@ -309,6 +309,7 @@ class RelayHost:
             "secret": SECRET,
             "owner": 1000,
             "channel": {"type": "hybrid", "path": str(self.directory / f"{name}.vsock"), "uid": os.getuid()},
+            "start_timeout": 5,
             "fds": ["command", "host-port"],
         }
         return control.call("add", [command.fileno(), host_port.fileno()], **{**order, **fields})
@@ -320,7 +321,9 @@ class RelayHost:
         self.stack.callback(device.close)
         return device
 
-    def client(self, packet: bytes | None = None, *, name: str = "banking", wait: float = 5) -> Client:
+    def client(
+        self, packet: bytes | None = None, *, name: str = "banking", wait: float | None = 5
+    ) -> Client:
         client = Client(self.directory / f"{name}.command", packet, wait=wait)
         self.connections.callback(client.sock.close)
         return client

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from gi.repository import GLib
+from main_loop import run
 from usb_tree import UsbTree
 from vmsilod import loop
 from vmsilod.bus.views import Reloaded
@@ -15,18 +15,7 @@ from vmsilod.systemd import UnitState
 from vmsilod.usb.attachments import UsbAttachments, UsbPlace
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
     from pathlib import Path
-
-T = TypeVar("T")
-
-
-def run(coro: Coroutine[Any, Any, T]) -> T:
-    main_loop = GLib.MainLoop()
-    future = loop.spawn(coro)
-    future.add_done_callback(lambda _: loop.call_soon(main_loop.quit))
-    main_loop.run()
-    return future.result(0)
 
 
 class Desk:

@@ -20,6 +20,7 @@ BUS_NAME = "org.vmsilo1"
 OBJECT_PATH = "/org/vmsilo1"
 INTERFACE = "org.vmsilo1.Manager"
 QUICK = 10  # seconds for a question
+START_WAIT = 3700  # seconds; vmsilod's own limit, the start_timeout, is shorter and says more
 CONNECT_WAIT = 5
 TICK = 0.5
 

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from vmsilo.startup import StatusWatch
 
 PACKET_MAX = 4096
+WAIT_MOST = 3600  # seconds; the most that a start_timeout can be
 ANSWER_GRACE = 15  # seconds that relayd has to say that its own wait ran out
+SILENCE_MOST = 195  # seconds until its first word: it and the VM's unit may have to start, 90 s each
 FDS_MAX = 4
 SHOW_AFTER = 0.5  # seconds; a warm VM answers long before
 
@@ -85,8 +87,12 @@ class Progress:
             self._shown = False
 
 
-def dial(program: str, name: str, place: Place, *, wait: int) -> int:
-    """A non-blocking descriptor connected to the agent. SocketClosedError if nobody answers."""
+def dial(program: str, name: str, place: Place, *, wait: int | None) -> int:
+    """A non-blocking descriptor connected to the agent. SocketClosedError if nobody answers.
+
+    `wait` in seconds for a VM that has to start; None: as it is configured.
+    """
+    most = (WAIT_MOST if wait is None else wait) + ANSWER_GRACE
     began = time.monotonic()
     progress = Progress(program, name, began, place)
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
@@ -95,9 +101,10 @@ def dial(program: str, name: str, place: Place, *, wait: int) -> int:
         sock.settimeout(SHOW_AFTER)
         _send_request(sock, wait)
         while True:
-            if time.monotonic() - began > wait + ANSWER_GRACE:
+            limit = most if progress.booting else min(most, SILENCE_MOST)
+            if time.monotonic() - began > limit:
                 raise ClientError(
-                    f"VM '{name}' gave no connection within {wait + ANSWER_GRACE} s",
+                    f"VM '{name}' gave no connection within {limit} s",
                     "systemctl status vmsilo-relayd; journalctl -u vmsilo-" + name + "-vm",
                 )
             progress.show()
@@ -122,9 +129,10 @@ def _connect(sock: "_socket.socket", name: str, place: Place) -> None:
         raise ClientError(f"cannot connect to {path}: {exc.strerror}") from exc
 
 
-def _send_request(sock: "_socket.socket", wait: int) -> None:
+def _send_request(sock: "_socket.socket", wait: int | None) -> None:
+    seconds = b"null" if wait is None else b"%d" % wait
     try:
-        sock.send(b'{"v":1,"op":"connect","wait":%d}' % wait)
+        sock.send(b'{"v":1,"op":"connect","wait":%b}' % seconds)
     except OSError as exc:
         raise SocketClosedError(f"the command socket closed: {exc.strerror}") from exc
 

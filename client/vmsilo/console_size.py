@@ -17,7 +17,6 @@ from vmsilo.frames import FrameReader, FrameWriter
 from vmsilo.names import socket_path
 from vmsilo.place import Place
 
-WAIT = 900  # seconds that a boot may take
 RETRY_FIRST = 2.0
 RETRY_MOST = 60.0
 READ_SIZE = 4096
@@ -95,7 +94,7 @@ class ConsoleSize:
         )
         try:
             self._sock.connect(socket_path(self._name, self._place))
-            self._sock.send(b'{"v":1,"op":"connect","wait":%d}' % WAIT)
+            self._sock.send(b'{"v":1,"op":"connect","wait":null}')
         except OSError:
             self._try_later()
 

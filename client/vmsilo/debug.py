@@ -12,7 +12,7 @@ import struct
 import termios
 import time
 
-from vmsilo.bus import Bus, check_known, is_interactive
+from vmsilo.bus import START_WAIT, Bus, check_known, is_interactive
 from vmsilo.errors import ClientError, UsageError, printable, write_stderr
 from vmsilo.names import check_name
 from vmsilo.options import parse_escapes, parse_options
@@ -30,7 +30,6 @@ else:
 
 PROGRAM = "vm-start-debug"
 LEAVE_KEY = b"\x1d"  # Ctrl-]
-START_WAIT = 300
 END_WAIT = 15  # seconds for vmsilod to give back what the VM held
 ASK_AFTER = 1.0
 ENDED = ("stopped", "failed", "broken")

@@ -31,11 +31,13 @@ def explain(name: str, place: Place, closed: SocketClosedError) -> ClientError |
         return ClientError(f"{closed.fact}; {failed.fact}", failed.hint or NOT_RUNNING_HINT)
     for vm in vms:
         if vm.get("Name") == name:
-            return _explain_vm(name, vm, closed)
+            return _explain_vm(name, place, vm, closed)
     return unknown_vm(name, [str(vm.get("Name", "")) for vm in vms], place)
 
 
-def _explain_vm(name: str, vm: "dict[str, Any]", closed: SocketClosedError) -> ClientError | None:
+def _explain_vm(
+    name: str, place: Place, vm: "dict[str, Any]", closed: SocketClosedError
+) -> ClientError | None:
     state = vm.get("State")
     if state == "broken":
         return ClientError(f"VM '{name}' has a broken configuration: {describe_end(vm)}", "vmsilo check")
@@ -45,6 +47,9 @@ def _explain_vm(name: str, vm: "dict[str, Any]", closed: SocketClosedError) -> C
         )
     if state in ("stopped", "stopping"):
         return None
+    ended = explain_loss(name, place, closed)
+    if ended is not closed:
+        return ended
     return ClientError(closed.fact, f"systemctl status vmsilo-relayd vmsilo-{name}-vm")
 
 
@@ -66,11 +71,14 @@ def explain_loss(name: str, place: Place, lost: ClientError) -> ClientError:
             bus.close()
     except ClientError:
         return lost  # the fact alone is true, too
-    if vm.get("State") == "starting":
+    if vm.get("State") == "starting" and not isinstance(lost, SocketClosedError):
         return ClientError(f"{lost.fact}: the VM is starting again", f"vmsilo status {name}")
     if vm.get("State") not in ("stopped", "failed", "broken"):
         return lost
-    reason = printable(vm.get("LastResult") or "") or "the VM has stopped"
+    reason = printable(vm.get("LastResult") or "")
+    if not reason and isinstance(lost, SocketClosedError):
+        return lost  # it says so already
+    reason = reason or "the VM has stopped"
     return ClientError(f"{lost.fact}: {reason}", f"vmsilo status {name}")
 
 

@@ -3,14 +3,13 @@
 import os
 import time
 
-from vmsilo.bus import Bus, check_known, is_interactive
+from vmsilo.bus import START_WAIT, Bus, check_known, is_interactive
 from vmsilo.command_socket import Progress
 from vmsilo.errors import ClientError, UsageError
 from vmsilo.names import check_name
 from vmsilo.options import parse_options, parse_seconds
 from vmsilo.place import Place
 
-START_WAIT = 600  # seconds; vmsilod's own limit is shorter and says more
 STOP_WAIT = 60
 STOP_MOST = 3600
 POLKIT_WAIT = 120

@@ -7,7 +7,7 @@ import os
 
 from vmsilo_wire.payload import Spawn, encode_spawn, is_env_name
 
-from vmsilo.command_socket import dial
+from vmsilo.command_socket import WAIT_MOST, dial
 from vmsilo.errors import (
     ClientError,
     LostError,
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from typing import Any
 
 PROGRAM = "vm-run"
-WAIT_DEFAULT = 180  # seconds for a VM that has to start first
-WAIT_MOST = 3600
 POLKIT_WAIT = 120  # seconds for a person to type a password
 DISPOSABLE_FLAGS = ("--disposable", "--here", "--ro", "--network", "--allow-home")
 LOCALE_OTHER = ("LANG", "LANGUAGE")
@@ -52,7 +50,7 @@ VM TEMPLATE and ends with the command, nothing of which remains.
   --cwd DIR          working directory in the guest
   --env KEY=VALUE    add to the command's environment; can be repeated
   --escapes WHICH    what may reach a terminal: colour (default) or all
-  --timeout SECONDS  how long to wait for a VM that has to start (180)
+  --timeout SECONDS  how long to wait for a VM that has to start (its start_timeout)
   --help             this text
 
 Exit status: the command's own; 128+N if signal N ended it; 125 if vm-run itself failed,
@@ -81,7 +79,7 @@ class Request:
         self.no_start = "--no-start" in options
         self.escapes = parse_escapes(options)
         self.cwd = _wire_text(options["--cwd"][-1]) if "--cwd" in options else None
-        self.wait = WAIT_DEFAULT
+        self.wait: int | None = None  # seconds; as the VM is configured
         if "--timeout" in options:
             self.wait = parse_seconds("--timeout", options["--timeout"][-1], most=WAIT_MOST)
         self.env = _parse_env(options.get("--env", []))
@@ -141,13 +139,13 @@ def _open_as_user(request: Request, place: Place) -> int:
     try:
         return dial(PROGRAM, request.name, place, wait=request.wait)
     except SocketClosedError as closed:
-        from vmsilo.diagnose import explain
+        from vmsilo.diagnose import explain, explain_loss
 
         error = explain(request.name, place, closed)
+        if error is None and isinstance(closed, StoppedMeanwhileError):
+            error = explain_loss(request.name, place, closed)
         if error is not None:
             raise error from closed
-        if isinstance(closed, StoppedMeanwhileError):
-            raise
     return dial(PROGRAM, request.name, place, wait=request.wait)
 
 
@@ -171,7 +169,7 @@ def _open_as_root(request: Request, env: dict[str, str], pty: tuple[int, int] | 
         raise ClientError("with --root, arguments and environment have to be UTF-8") from exc
     bus = Bus(place, interactive=is_interactive())
     try:
-        wait = request.wait + POLKIT_WAIT
+        wait = (WAIT_MOST if request.wait is None else request.wait) + POLKIT_WAIT
         (stream,) = bus.call("Run", "sasa{sv}", (request.name, list(request.argv), options), wait=wait)
         fd: int = stream.to_raw_fd()
     finally:

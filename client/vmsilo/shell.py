@@ -11,7 +11,6 @@ from vmsilo.names import check_name
 from vmsilo.options import parse_escapes, parse_options
 from vmsilo.place import Place
 
-START_WAIT = 600  # seconds; vmsilod's own limit is shorter and says more
 POLKIT_WAIT = 120
 LOGIN_SHELL = ("/bin/sh", "-c", 'exec "${SHELL:-/bin/sh}" -l')  # SHELL is the guest user's own
 
@@ -83,7 +82,7 @@ def _attach(name: str, options: dict[str, list[str]], place: Place) -> int:
 
 
 def _start(name: str, place: Place) -> None:
-    from vmsilo.bus import Bus, check_known, is_interactive
+    from vmsilo.bus import START_WAIT, Bus, check_known, is_interactive
 
     bus = Bus(place, interactive=is_interactive())
     try:

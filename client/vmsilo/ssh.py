@@ -13,7 +13,7 @@ import socket
 import struct
 import sys
 
-from vmsilo.bus import Bus, check_known, is_interactive
+from vmsilo.bus import START_WAIT, Bus, check_known, is_interactive
 from vmsilo.errors import ClientError, write_stderr
 from vmsilo.place import Place
 
@@ -25,7 +25,6 @@ else:
     import _signal as signal  # `signal` makes four enumerations at import: 5 ms
 
 PROGRAM = "ssh"
-START_WAIT = 600  # seconds; vmsilod's own limit is shorter and says more
 POLKIT_WAIT = 120
 UCRED = struct.Struct("iII")
 PASSER = os.path.join(os.path.dirname(__file__), "ssh_pass.py")  # noqa: PTH118, PTH120 - pathlib is dear

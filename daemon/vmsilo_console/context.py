@@ -15,6 +15,7 @@ class Limits(vmsilo_relay.context.Limits):
     probe_seconds = 1.0  # how soon it is seen that a writer left whose input the guest does not take
     log_burst = 2000  # lines of one VM that the journal takes at once
     log_rate = 20.0  # and lines per second from then on
+    animation_seconds = 10.0  # at most one line of systemd's animation per VM in this time
     notice_seconds = 5.0  # at most one word about dropped lines per VM in this time
 
 

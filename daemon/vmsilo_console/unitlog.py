@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import time
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from vmsilo_console.context import Context
 
 STDERR = 2
+# What systemd writes over and over, in place, while a job takes long: nothing that a log needs every time.
+ANIMATION = re.compile(rb"\[[ *]{6}\] ")
 
 
 class UnitLog:
@@ -36,6 +39,7 @@ class UnitLog:
         self._tail = b""  # of a line that the stream took a part of
         self._tokens = float(context.limits.log_burst)
         self._refilled = time.monotonic()
+        self._next_animation = 0.0  # on the monotonic clock
         self._dropped = 0
         self._notice: Timer | None = None
 
@@ -82,6 +86,10 @@ class UnitLog:
             return
         self._tokens -= 1  # also where nothing is left to see: looking at it is what costs
         text = clean_line(untrusted_line)
+        if ANIMATION.match(text):
+            if self._refilled < self._next_animation:
+                return
+            self._next_animation = self._refilled + self._context.limits.animation_seconds
         if text and not self._write(b"<6>console: " + text + b"\n"):
             self._drop()
 

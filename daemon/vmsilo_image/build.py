@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from . import integrity, store, tools
 from .contents import PACKAGES, describe_recipe, list_packages
 from .errors import ImageError
-from .initrd import build_initrd, has_pmem
+from .initrd import build_initrd, has_crypt, has_pmem
 from .progress import BootstrapOutput
 from .rootfs import EXCLUDED, configure_root
 from .tree import resolve_inside
@@ -140,14 +140,14 @@ def _build(order: Order, progress: Progress, work: Path, log: Path) -> Path:
     release, kernel = find_kernel(root)
     shutil.copyfile(kernel, ready / KERNEL)
     (ready / INITRD).write_bytes(build_initrd(root, release, order.guest.read("init")))
-    pmem = has_pmem(root, release)
+    kernel_facts = KernelFacts(release, has_pmem(root, release), has_crypt(root, release))
     packages = list_packages(root)
     (ready / PACKAGES).write_text(json.dumps(packages, indent=0) + "\n")
     configure_root(root, release, order.recipe, order.guest, log)
     progress.begin("pack")
     pack_root(order.recipe, root, ready / ROOT_IMAGE, progress, log)
     progress.begin("publish")
-    version = write_manifest(order, ready, KernelFacts(release, pmem=pmem), len(packages))
+    version = write_manifest(order, ready, kernel_facts, len(packages))
     for path in ready.iterdir():
         path.chmod(0o644)
     return store.publish(order.images, order.name, ready, version)
@@ -210,10 +210,11 @@ def pack_root(recipe: Recipe, root: Path, target: Path, progress: Progress, log:
 
 @dataclass(frozen=True)
 class KernelFacts:
-    """`pmem`: it takes a root that is persistent memory."""
+    """`pmem`: it takes a root that is persistent memory. `crypt`: init can encrypt the overlay's disk."""
 
     release: str
     pmem: bool
+    crypt: bool
 
 
 def write_manifest(order: Order, ready: Path, kernel: KernelFacts, packages: int) -> str:
@@ -229,6 +230,7 @@ def write_manifest(order: Order, ready: Path, kernel: KernelFacts, packages: int
         "built": built.isoformat(timespec="seconds"),
         "kernel": kernel.release,
         "pmem": kernel.pmem,
+        "crypt": kernel.crypt,
         # Its init finds the overlay of its root and the kept paths on disks, by their serial numbers.
         "disks": True,
         "packages": packages,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 PACKAGES = "packages.json"
 INSTALLED = "install ok installed"
-FACTS = ("suite", "kernel", "user", "uid", "pmem")
+FACTS = ("suite", "kernel", "user", "uid", "pmem", "crypt")
 
 
 def list_packages(root: Path) -> dict[str, str]:

@@ -44,9 +44,14 @@ PMEM = ("virtio_pmem", "nd_pmem")
 WANTED_IF_THERE = ("pvpanic_mmio", "pvpanic_pci", *PMEM)
 # Loaded by init only where the host names an interface.
 NETWORK = ("virtio_net",)
+# Loaded by init where the overlay is on a disk. The last three: where the kernel has them apart.
+CRYPT = ("xts", "dm_crypt")
+CRYPT_IF_THERE = ("aesni_intel", "aes_generic", "ecb")
+CRYPT_PROGRAMS = ("/usr/sbin/dmsetup", "/usr/sbin/mke2fs")
+"""What init runs from the root image, before it is anybody's root."""
 APPLETS = (
-    *("cat", "chown", "cp", "cttyhack", "insmod", "ip", "ln", "mkdir", "mount", "mv", "poweroff", "rm"),
-    *("setsid", "sh", "switch_root", "sync", "umount", "usleep"),
+    *("cat", "chown", "chroot", "cp", "cttyhack", "head", "insmod", "ip", "ln", "mkdir", "mount", "mv"),
+    *("poweroff", "rm", "setsid", "sh", "switch_root", "sync", "umount", "usleep", "xxd"),
 )
 DIRECTORIES = ("bin", "dev", "modules", "new", "persist", "proc", "root", "rw", "sys")
 
@@ -61,8 +66,11 @@ def build_initrd(root: Path, release: str, init: bytes) -> bytes:
     entries.extend(cpio.symlink(f"bin/{applet}", "busybox") for applet in APPLETS)
     loaded = load_modules(root, release)
     network = [each for each in load_modules(root, release, (), NETWORK) if each not in loaded]
-    entries.extend(cpio.regular(f"modules/{name}", data) for name, data in (*loaded, *network))
-    for list_name, modules_of in (("list", loaded), ("network", network)):
+    crypt = []
+    if has_crypt(root, release):
+        crypt = [each for each in load_modules(root, release, CRYPT, CRYPT_IF_THERE) if each not in loaded]
+    entries.extend(cpio.regular(f"modules/{name}", data) for name, data in (*loaded, *network, *crypt))
+    for list_name, modules_of in (("list", loaded), ("network", network), ("crypt", crypt)):
         lines = "".join(f"{name}\n" for name, _ in modules_of)
         entries.append(cpio.regular(f"modules/{list_name}", lines.encode()))
     return cpio.pad(cpio.newc_archive(entries), 512)
@@ -92,10 +100,20 @@ def load_modules(
 
 def has_pmem(root: Path, release: str) -> bool:
     """Whether the initrd of this kernel finds a root that is persistent memory."""
+    return _has_modules(root, release, PMEM)
+
+
+def has_crypt(root: Path, release: str) -> bool:
+    """Whether init can encrypt the overlay's disk."""
+    programs = all(resolve_inside(root, path).is_file() for path in CRYPT_PROGRAMS)
+    return programs and _has_modules(root, release, CRYPT)
+
+
+def _has_modules(root: Path, release: str, wanted: Sequence[str]) -> bool:
     base = resolve_inside(root, f"/lib/modules/{release}")
     try:
         modules.plan_load_order(
-            PMEM, (base / "modules.dep").read_text(), (base / "modules.builtin").read_text()
+            wanted, (base / "modules.dep").read_text(), (base / "modules.builtin").read_text()
         )
     except ImageError:
         return False

@@ -22,6 +22,7 @@ from vmsilo_relay.packet import (
     read_peer_uid,
     send_packet,
 )
+from vmsilo_relay.record import WAIT_MAX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from vmsilo_relay.vm import Vm
 
 REQUEST_MAX = 4096
-WAIT_MAX = 3600
 SEND_BUFFER = 8192  # bounds what clients that do not read can hold of our memory
 
 
@@ -107,7 +107,7 @@ class CommandClient:
         try:
             if self._asked:
                 raise Refusal("bad-request", "one request per connection")
-            wait = parse_request(untrusted_packet)
+            wait = parse_request(untrusted_packet, self._vm.record.start_timeout)
         except Refusal as refusal:
             self.refuse(refusal.code, refusal.message)
             return
@@ -184,8 +184,8 @@ class CommandClient:
         part(self._sock)
 
 
-def parse_request(untrusted_packet: bytes) -> float:
-    """The seconds that the client is willing to wait; raises Refusal."""
+def parse_request(untrusted_packet: bytes, default: int) -> float:
+    """The seconds that the client is willing to wait, `default` if it does not say; raises Refusal."""
     if len(untrusted_packet) > REQUEST_MAX:
         raise Refusal("bad-request", f"a request has at most {REQUEST_MAX} bytes")
     request = parse_object(untrusted_packet)
@@ -195,6 +195,8 @@ def parse_request(untrusted_packet: bytes) -> float:
     if request["op"] != "connect":
         raise Refusal("bad-request", "op must be connect")
     wait = request["wait"]
+    if wait is None:
+        return float(default)
     if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0 <= wait <= WAIT_MAX:
-        raise Refusal("bad-request", f"wait must be a number from 0 to {WAIT_MAX}")
+        raise Refusal("bad-request", f"wait must be null or a number from 0 to {WAIT_MAX}")
     return float(wait)

@@ -18,7 +18,7 @@ class Limits:
     poweroff_dial_seconds = 2.0  # an agent that is gone must not cost the guest the time for its shutdown
     port_dial_seconds = 5.0  # another port than the agent's: its guest is up, so it listens or it never will
     message_seconds = 2.0  # a guest's message after it connected
-    publish_seconds = 0.1  # at most one status change per VM in this time
+    publish_seconds = 0.5  # at most one status change per VM in this time
     settle_seconds = 0.02  # at most one change between ready and not ready per VM in this time
     pause_seconds = 0.2  # a listener rests when descriptors ran out
     forward_pause_seconds = 0.02  # a forwarder's link rests this long after each portion of requests

@@ -30,8 +30,10 @@ GENERATION = re.compile(r"[\x21-\x7e]{1,128}", re.ASCII)
 UID_MAX = 0xFFFFFFFE
 CID_MIN, CID_MAX = 3, 0xFFFFFFFE  # vsock(7): 0..2 are hypervisor, local and host, the last is "any"
 STATE_MAX = 16384
+START_TIMEOUT = 180  # seconds; of a VM whose state file is older than the key
+WAIT_MAX = 3600
 FD_KINDS = ("command", "host-port")
-ADD_KEYS = ("name", "generation", "secret", "owner", "channel", "fds")
+ADD_KEYS = ("name", "generation", "secret", "owner", "channel", "start_timeout", "fds")
 STATE_KEYS = (*ADD_KEYS, "agent", "ready", "status")
 
 
@@ -60,9 +62,15 @@ Channel = KernelChannel | HybridChannel
 
 
 class Record:
-    """One VM of one generation. `agent`, `ready` and `status` change with what its guest says."""
+    """One VM of one generation. `agent`, `ready` and `status` change with what its guest says.
 
-    __slots__ = ("agent", "channel", "fds", "generation", "name", "owner", "ready", "secret", "status")
+    `start_timeout`: seconds that a client waits for it that does not say how long.
+    """
+
+    __slots__ = (
+        *("agent", "channel", "fds", "generation", "name", "owner", "ready", "secret"),
+        *("start_timeout", "status"),
+    )
 
     def __init__(self, name: str, generation: str, secret: str, owner: int, channel: Channel) -> None:
         self.name = name
@@ -70,6 +78,7 @@ class Record:
         self.secret = secret
         self.owner = owner
         self.channel = channel
+        self.start_timeout = START_TIMEOUT
         self.fds: tuple[str, ...] = ()
         self.agent = False
         self.ready = False
@@ -82,6 +91,7 @@ class Record:
             "secret": self.secret,
             "owner": self.owner,
             "channel": self.channel.to_json(),
+            "start_timeout": self.start_timeout,
             "fds": list(self.fds),
             "agent": self.agent,
             "ready": self.ready,
@@ -125,6 +135,7 @@ def parse_record(request: dict[str, object]) -> Record:
         raise Refusal("bad-request", "secret must be 64 lower-case hexadecimal digits")
     owner = take_int(request, "owner", 0, UID_MAX)
     record = Record(name, generation, secret, owner, parse_channel(request.get("channel")))
+    record.start_timeout = take_int(request, "start_timeout", 0, WAIT_MAX)
     fds = request.get("fds")
     if not isinstance(fds, list) or any(kind not in FD_KINDS for kind in fds) or len(set(fds)) != len(fds):
         raise Refusal("bad-request", f"fds must list each of {', '.join(FD_KINDS)} at most once")
@@ -137,6 +148,7 @@ def parse_record(request: dict[str, object]) -> Record:
 def parse_state(data: bytes) -> Record:
     """The Record in a state file; raises Refusal."""
     state = parse_object(data)
+    state.setdefault("start_timeout", START_TIMEOUT)
     check_keys(state, STATE_KEYS)
     record = parse_record(state)
     record.agent = state["agent"] is True

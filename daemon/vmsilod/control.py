@@ -162,7 +162,7 @@ class ControlServer:
             if await readable(sock.fileno(), REQUEST_SECONDS):
                 await self._answer(sock, peer)
         except OSError as error:
-            log.warning("launcher of %s went away: %s", peer.name, error.strerror)
+            log.info("launcher of %s went away: %s", peer.name, error.strerror)
         finally:
             closing.close_later(peer.unit, [sock])
             self._peers[peer.unit] -= 1

@@ -7,31 +7,41 @@ at what the disks begin with, which nobody can change any more then.
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from vmsilod import loop
 from vmsilod.errors import StartFailed
-from vmsilod.resources import disks
+from vmsilod.resources import disk_keys, disks
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from vmsilod.preparation import Acquired
     from vmsilod.registry import Registry, Vm
 
 
-async def hold_disks(registry: Registry, vm: Vm, acquired: Acquired, *, root_writable: bool) -> None:
+@dataclass(frozen=True)
+class Claim:
+    """`keys`: its own first, then those of the disks that it has bytes in common with."""
+
+    keys: tuple[str, ...]
+    writes: bool
+    title: str
+
+
+async def hold_disks(
+    registry: Registry, vm: Vm, acquired: Acquired, *, root_writable: bool, root_pmem: bool
+) -> None:
     """StartFailed names the VM that has one of the disks, or says what is wrong with one."""
     assert vm.record is not None
-    wanted = {disks.key_of(acquired.root_fd): (root_writable, "the root disk")}
-    for disk in acquired.disks:
-        wanted[disks.key_of(disk.fd)] = (not disk.readonly, disk.title)
-    if len(wanted) <= len(acquired.disks):
-        raise StartFailed(f"VM '{vm.name}' has one disk twice", "additional_disks and root_disk: each once")
-    refuse_conflicts(vm.name, wanted, find_holders(registry))
-    vm.record = dataclasses.replace(vm.record, disks={key: writes for key, (writes, _) in wanted.items()})
+    claims = await loop.in_patient_worker(_make_claims, acquired, root_writable)
+    refuse_twice(vm.name, claims)
+    refuse_conflicts(vm.name, claims, find_holders(registry))
+    held = {claim.keys[0]: claim.writes for claim in claims}
+    vm.record = replace(vm.record, disks=held, root_pmem=root_pmem)
     if root_writable:
         await loop.in_patient_worker(
             partial(disks.lock_file, acquired.root_fd, "the root disk", writable=True)
@@ -41,25 +51,43 @@ async def hold_disks(registry: Registry, vm: Vm, acquired: Acquired, *, root_wri
     await loop.in_patient_worker(disks.set_direct, acquired.disks)
 
 
+def _make_claims(acquired: Acquired, root_writable: bool) -> list[Claim]:  # noqa: FBT001 - for a worker
+    opened = [(acquired.root_fd, root_writable, "the root disk")]
+    opened += [(disk.fd, not disk.readonly, disk.title) for disk in acquired.disks]
+    return [
+        Claim((disk_keys.key_of(fd), *sorted(disk_keys.relatives_of(fd))), writes, title)
+        for fd, writes, title in opened
+    ]
+
+
 def find_holders(registry: Registry) -> dict[str, Mapping[str, bool]]:
     """VM -> key of a disk -> whether it writes."""
     return {vm.name: vm.record.disks for vm in registry if vm.record is not None}
 
 
-def refuse_conflicts(
-    name: str, wanted: Mapping[str, tuple[bool, str]], holders: Mapping[str, Mapping[str, bool]]
-) -> None:
-    """Pure. `wanted`: key -> (whether this VM writes, what the disk is called)."""
+def refuse_twice(name: str, claims: Sequence[Claim]) -> None:
+    """Pure. One disk of a VM may not be another one of its own, or a part of that."""
+    for claim, other in itertools.permutations(claims, 2):
+        if claim.keys[0] in other.keys:
+            raise StartFailed(
+                f"VM '{name}' has one disk twice: {claim.title}, {other.title}",
+                "additional_disks and root_disk: each once",
+            )
+
+
+def refuse_conflicts(name: str, claims: Sequence[Claim], holders: Mapping[str, Mapping[str, bool]]) -> None:
+    """Pure."""
     for other, held in holders.items():
         if other == name:
             continue
-        for key, (writes, title) in wanted.items():
-            if key in held and (writes or held[key]):
-                verb = "is writing" if held[key] else "is reading"
-                raise StartFailed(
-                    f"{title}: VM '{other}', which runs, {verb} this disk",
-                    f"vm-stop {other}; or let both have it read-only",
-                )
+        for claim in claims:
+            for key in claim.keys:
+                if key in held and (claim.writes or held[key]):
+                    verb = "is writing" if held[key] else "is reading"
+                    raise StartFailed(
+                        f"{claim.title}: VM '{other}', which runs, {verb} this disk",
+                        f"vm-stop {other}; or let both have it read-only",
+                    )
 
 
 def find_holder(key: str, holders: Mapping[str, Mapping[str, bool]]) -> str:

@@ -20,7 +20,7 @@ from vmsilod.bus.views import DiskView
 from vmsilod.config.disks import PERSIST_ID, PERSIST_SERIAL, parse_size
 from vmsilod.disk_claims import find_holder, find_holders
 from vmsilod.errors import BadRequest, Busy, Failed, NotRunning, VmsiloError
-from vmsilod.resources import disks, filesystems, image, rundir
+from vmsilod.resources import disk_keys, disks, filesystems, image, rundir
 from vmsilod.resources.disk_format import check_format
 from vmsilod.spawning import send_frame, spawn_frame
 from vmsilod.vmm import drivers
@@ -145,8 +145,8 @@ class Disks:
         monitor = drivers.DRIVERS[VmmKind(record.vmm)].open_monitor(
             rundir.VM_DIR / vm.name / "monitor.sock", timeout=MONITOR_SECONDS
         )
-        # The root is the first that the VM holds, and crosvm's disk 0; the others follow in the same order.
-        await loop.in_worker(monitor.resize_disk, DiskPlace(target.serial, keys.index(key)), size)
+        place = DiskPlace(target.serial, keys.index(key) - record.root_pmem)
+        await loop.in_worker(monitor.resize_disk, place, size)
         if target.format == "raw":
             _, after = await loop.in_patient_worker(_inspect, target)
             if after < size:
@@ -212,7 +212,7 @@ def _inspect(target: Target) -> tuple[str, int]:
                 f"{target.path} is a block device, which vmsilo does not grow",
                 "grow it with its own tools, then restart the VM",
             )
-        return disks.key_of(fd), os.fstat(fd).st_size
+        return disk_keys.key_of(fd), os.fstat(fd).st_size
     finally:
         os.close(fd)
 
@@ -258,7 +258,7 @@ def _view(name: str, target: Target, holders: Mapping[str, Mapping[str, bool]]) 
     except OSError as error:
         state, key, size, allocated = f"broken: {error.strerror}", "", 0, 0
     else:
-        key, size, allocated = disks.key_of_status(status), status.st_size, status.st_blocks * 512
+        key, size, allocated = disk_keys.key_of_status(status), status.st_size, status.st_blocks * 512
         state = "in use" if key in holders.get(name, {}) else "idle"
         other = find_holder(key, {vm: held for vm, held in holders.items() if vm != name})
         state = f"in use by {other}" if state == "idle" and other else state

@@ -46,6 +46,7 @@ _LEVELS = {
     OutcomeKind.TIMEOUT: logging.WARNING,
     OutcomeKind.START_FAILED: logging.WARNING,  # systemd or the launcher has said it as an error
 }
+KILLED = Outcome(OutcomeKind.KILLED_ON_REQUEST, "killed on request")
 # What systemd knows better than an exit status does: its `Result` of the unit.
 _BY_RESULT = {
     "oom-kill": Outcome(
@@ -123,8 +124,12 @@ class Endings:
             await loop.after(delay)
 
     async def start_failed(self, vm: Vm, invocation: str, error: VmsiloError) -> None:
-        """vmsilod has refused this start; the launcher and the control socket log it."""
-        vm.last = Outcome(OutcomeKind.START_FAILED, error.message, error.hint)
+        """vmsilod has refused this start; the launcher and the control socket log it. If its run has ended
+        meanwhile, that was why.
+        """
+        if self._history(vm.name).invocation == invocation:
+            return
+        vm.last = KILLED if vm.killing else Outcome(OutcomeKind.START_FAILED, error.message, error.hint)
         await self._save(vm.name, last=vm.last, invocation=invocation)
 
     def watch(self, vm: Vm) -> None:
@@ -222,8 +227,9 @@ class Endings:
             if await self._is_hindered(vm):
                 return
             result = await self._systemd.start(vm.service)
-            if result != "done":
-                log.warning("VM %s: was to be started again, but systemd says '%s'", vm.name, result)
+            if result != "done":  # "canceled": somebody stopped it meanwhile
+                level = logging.INFO if result == "canceled" else logging.WARNING
+                log.log(level, "VM %s: was to be started again, but systemd says '%s'", vm.name, result)
         except VmsiloError as error:
             log.warning("VM %s: cannot be started again: %s", vm.name, error)
         finally:
@@ -282,7 +288,7 @@ def explain(vm: Vm, unit: UnitState) -> Outcome:
     """How the run ended that systemd tells of."""
     record = vm.record
     if vm.killing:
-        return Outcome(OutcomeKind.KILLED_ON_REQUEST, "killed on request")
+        return KILLED
     if vm.lost_share:
         return Outcome(OutcomeKind.CRASH, vm.lost_share, f"journalctl -t vmsilo-{vm.name}-share")
     if record is None or not record.launched:

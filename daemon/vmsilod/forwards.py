@@ -51,7 +51,7 @@ class Forwards:
         assert vm.record is not None
         self._unasked[vm.name] = await loop.in_worker(bind_listeners, vm.name, forwards)
         unit = forward_unit(vm.record.unit)
-        if await self._systemd.start(unit) != "done":
+        if await self._systemd.start_bound(unit) != "done":
             raise StartFailed(f"the port forwards of VM '{vm.name}' did not start", f"journalctl -u {unit}")
 
     async def answer(self, peer: Peer, *, listening: bool) -> tuple[dict[str, Any], list[int]]:

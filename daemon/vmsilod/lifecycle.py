@@ -14,6 +14,7 @@ import os
 import signal
 import time
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vmsilod import closing, loop, ssh_login
@@ -43,6 +44,8 @@ log = logging.getLogger(__name__)
 
 DEFAULT_START_SECONDS = 180.0
 DISCARD_SECONDS = 2.0
+KILL_SECONDS = 0.2  # systemd has the stop under way by then
+REFRESH_AGAIN = (1.0, 5.0, 25.0)  # seconds
 
 
 class Lifecycle:
@@ -117,7 +120,7 @@ class Lifecycle:
             await self._endings.cancel(vm)  # it may have crashed as the stop began
 
     async def kill(self, name: str) -> None:
-        await self._end(name, 0)
+        await self._end(name, KILL_SECONDS)
 
     async def discard(self, name: str) -> None:
         """As kill, but first by SIGTERM, so that its unit does not end as failed. A run that ended unseen is
@@ -259,7 +262,8 @@ class Lifecycle:
         if vm.name in self._refreshing:
             self._stale.add(vm.name)
         else:
-            loop.spawn(self._refresh(vm))
+            # Nobody waits for it, and systemd says each change once.
+            loop.spawn(loop.insist(partial(self._refresh, vm), REFRESH_AGAIN, f"VM {vm.name}"))
 
     def relay_event(self, event: dict[str, Any]) -> None:
         """The guest of a VM said something to the relay, which has checked it."""
@@ -334,15 +338,16 @@ class Lifecycle:
         vm.unit = await self._systemd.state(vm.debug_service if vm.debug else vm.service)
         if not vm.is_up and (vm.record is not None or vm.unit.active == "failed"):
             await self._endings.tell(vm)
+        killed, debug = vm.killing and not vm.is_up, False
         if not vm.is_up and vm.record is not None:
-            debug, killed = vm.debug, vm.killing
+            debug = vm.debug
             await self._runs.release(vm)
-            if (killed or debug) and vm.unit.active == "failed":
-                await self._systemd.reset_failed(vm.debug_service if debug else vm.service)
-            if killed:
-                vm.unit = INACTIVE
-            if debug:
-                await self._restore_socket(vm)
+        if (killed or debug) and vm.unit.active == "failed":
+            await self._systemd.reset_failed(vm.debug_service if debug else vm.service)
+        if killed:
+            vm.unit = INACTIVE
+        if debug:
+            await self._restore_socket(vm)
         self.changed(vm)
         if was_up and not vm.is_up and not vm.is_instance:  # an instance goes, or its keeper says why not
             await self._publication.publish_stopped(vm)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from gi.repository import Gio, GLib
 
+from vmsilod.errors import VmsiloError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator, Sequence
 
@@ -58,6 +60,19 @@ async def after(seconds: float) -> None:
     await wait_for(timer)
 
 
+async def insist(action: Callable[[], Coroutine[Any, Any, T]], delays: Sequence[float], what: str) -> T:
+    """The result of the first attempt that does not raise VmsiloError; one more after each delay (seconds).
+    `what` it is about, for the journal.
+    """
+    for delay in delays:
+        try:
+            return await action()
+        except VmsiloError as error:
+            log.error("%s: %s; once more in %g s", what, error, delay)
+        await after(delay)
+    return await action()
+
+
 async def with_deadline(pending: Future[T] | Coroutine[Any, Any, T], seconds: float) -> T:
     """The result of a future or coroutine, or TimeoutError after `seconds`.
 
@@ -82,7 +97,7 @@ async def with_deadline(pending: Future[T] | Coroutine[Any, Any, T], seconds: fl
     raise TimeoutError(f"no result within {seconds:g} s")
 
 
-async def dbus_call(
+async def dbus_reply(
     con: Gio.DBusConnection,
     name: str,
     path: str,
@@ -92,8 +107,8 @@ async def dbus_call(
     reply_type: str | None,
     timeout_ms: int,
     fds: Sequence[int] | None = None,
-) -> tuple[tuple[Any, ...], list[int]]:
-    """One method call: (unpacked reply, descriptors that the caller now owns). Raises GLib.Error.
+) -> tuple[GLib.Variant, list[int]]:
+    """One method call: (reply, descriptors that the caller now owns). Raises GLib.Error.
 
     `fds` are duplicated into the message and stay the caller's. The parameters are those of a D-Bus call.
     """
@@ -124,7 +139,13 @@ async def dbus_call(
         finish,
     )
     values, received = await wait_for(reply)
-    return tuple(values.unpack()), list(received.steal_fds()) if received is not None else []
+    return values, list(received.steal_fds()) if received is not None else []
+
+
+async def dbus_call(*args: Any, **options: Any) -> tuple[tuple[Any, ...], list[int]]:
+    """As `dbus_reply`, the reply unpacked: for large ones that takes long."""
+    values, fds = await dbus_reply(*args, **options)
+    return tuple(values.unpack()), fds
 
 
 def call_soon(function: Callable[..., object], *args: Any) -> int:

@@ -171,8 +171,7 @@ def plan_disks(request: Request, files: image.BootFiles) -> tuple[disks.DiskRequ
             f"image '{request.boot.image}' was built by a vmsilo that did not have persist",
             f"sudo vmsilo image build {request.boot.image}",
         )
-    if not files.disks:
-        wanted = replace(wanted, overlay_size=None)
+    wanted = replace(wanted, encrypted=files.crypt) if files.disks else replace(wanted, overlay_size=None)
     return wanted, disks.Vmm(request.uid, request.gid, request.opens_as, files.uid)
 
 

@@ -168,8 +168,17 @@ class Publication:
             try:
                 await self._publish_socket(name, changed=f"vmsilo-{name}.socket" in change.changed)
             except VmsiloError as error:
+                if await self._is_stopping():
+                    log.info("the host shuts down: no command sockets are made any more")
+                    return
                 # A masked or broken unit of one VM (`systemctl edit`) is that VM's trouble alone.
                 log.error("VM %s has no command socket: %s", name, error)
+
+    async def _is_stopping(self) -> bool:
+        try:
+            return await self._systemd.is_stopping()
+        except VmsiloError:
+            return False  # then each VM that has no socket says why
 
     async def _publish_socket(self, name: str, *, changed: bool) -> None:
         vm = self._registry.find(name)

@@ -140,7 +140,7 @@ class Vm:
     def forget_run(self) -> None:
         """Nothing of a run is left: called when its leases were given back."""
         self.record = None
-        self.agent = self.ready = self.was_ready = self.killing = self.debug = False
+        self.agent = self.ready = self.was_ready = self.debug = False
         self.status = self.lost_share = ""
         self.stop_deadline = None
 

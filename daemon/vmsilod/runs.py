@@ -25,8 +25,9 @@ from vmsilod.network.guest import plan_guest_files
 from vmsilod.relay_agreement import agree_with_relay
 from vmsilod.resources import record as records
 from vmsilod.resources import rundir, vsock
+from vmsilod.resources.image import pin_version
 from vmsilod.resources.record import Record
-from vmsilod.shapes import leases_of, request_of, shape_of
+from vmsilod.shapes import is_root_pmem, leases_of, request_of, shape_of
 from vmsilod.shares import Shares
 from vmsilod.units.render import vsock_unit
 from vmsilod.vmm import drivers
@@ -116,7 +117,6 @@ class Runs:
     async def _prepare(
         self, vm: Vm, config: VmConfig, peer: Peer, invocation: str, fds: list[int]
     ) -> Prepared:
-        vm.killing, vm.stop_deadline = False, None
         host = await loop.in_worker(probe_host)
         # The VMM that the unit was written for: crosvm could not live in the sandbox of QEMU's.
         choice = choose_vmm(vm.vmm or config.vmm, kvm=host.kvm.usable)
@@ -136,6 +136,8 @@ class Runs:
         )
         await loop.in_worker(records.save_record, vm.record)
         request = request_of(config, peer, choice.kind, host)
+        boot = await loop.in_worker(pin_version, request.boot)
+        request = dataclasses.replace(request, boot=boot)
         await self._pci.start(vm.name, peer.uid, [device.path for device in config.pci_devices])
         interfaces = await open_interfaces(self._network, vm.name, choice.kind, peer.pid)
         held, terminals = interfaces.fds(), list[int]()
@@ -147,7 +149,13 @@ class Runs:
             held += request.fds()
             acquired = await loop.in_patient_worker(preparation.acquire, request)
             held += acquired.fds()
-            await hold_disks(self._registry, vm, acquired, root_writable=not config.root_disk_readonly)
+            await hold_disks(
+                self._registry,
+                vm,
+                acquired,
+                root_writable=not config.root_disk_readonly,
+                root_pmem=is_root_pmem(config, acquired, choice.kind),
+            )
             listeners, journal = split_passed(fds)
             if vm.debug:
                 terminals = self.debug_terminals.pop(vm.name, [])
@@ -206,9 +214,11 @@ class Runs:
                     self._vsock_listening = True
             return
         unit = vsock_unit(unit_of_vm)
-        result = await self._systemd.start(unit)
+        result = await self._systemd.start_bound(unit)
         if result != "done":
             raise StartFailed(f"the vsock device of VM '{vm.name}' did not start", f"journalctl -u {unit}")
+        if vm.killing:  # it is gone already
+            raise StartFailed(f"VM '{vm.name}' was killed while it started")
         await loop.in_worker(preparation.await_socket, acquired.rundir / "vsock" / "vhost")
 
     async def _register(
@@ -227,6 +237,7 @@ class Runs:
                 "secret": acquired.secret,
                 "owner": find_uid(config.user),
                 "channel": acquired.channel(peer.uid),
+                "start_timeout": config.start_timeout,
                 "fds": names,
             },
             passed,

@@ -119,10 +119,8 @@ class Shares:
         return tuple(devices)
 
     async def _start(self, unit: str) -> str:
-        # What a run that nobody saw the end of has left of it would be in the way.
-        await self._systemd.stop(unit)
-        await self._systemd.reset_failed(unit)
-        return await self._systemd.start(unit)
+        await self._stop(unit)  # what a run that nobody saw the end of has left of it would be in the way
+        return await self._systemd.start_bound(unit)
 
     async def answer(
         self, peer: Peer, fds: list[int], *, listening: bool
@@ -158,16 +156,21 @@ class Shares:
         self._planned.pop(vm.name, None)
         if vm.record is None or vm.started is None:
             return
-        for unit in units_of(vm.started, vm.record.unit):
+        units = units_of(vm.started, vm.record.unit)
+        for unit in units:
             self._vm_of.pop(unit, None)
             listener = self._unasked.pop(unit, None)
             if listener is not None:
                 os.close(listener)
+        for stop in [loop.spawn(self._stop(unit)) for unit in units]:
             try:
-                await self._systemd.stop(unit)
-                await self._systemd.reset_failed(unit)
+                await loop.wait_for(stop)
             except VmsiloError as error:
                 log.info("VM %s: %s", vm.name, error)
+
+    async def _stop(self, unit: str) -> None:
+        await self._systemd.stop(unit)
+        await self._systemd.reset_failed(unit)
 
     # One that ends by itself
 

@@ -18,7 +18,7 @@ from vmsilod import loop
 from vmsilod.errors import Failed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +60,9 @@ class UnitState:
 
 
 INACTIVE = UnitState("inactive", "dead")
+UNIT_STATE = ("ActiveState", "SubState", "InvocationID", "ActiveEnterTimestamp")
+SERVICE_STATE = ("Result", "MainPID", "ExecMainCode", "ExecMainStatus", "NRestarts")
+UNIT_SIGNAL = ("ActiveState", "SubState", "InvocationID", "StateChangeTimestampMonotonic")
 
 
 def unit_path(unit: str) -> str:
@@ -88,6 +91,7 @@ class Systemd:
         self._early: dict[str, str] = {}
         self._starting = 0
         self._paths: dict[str, str] = {}
+        self._told: dict[str, dict[str, Any]] = {}  # what systemd said last of a unit that is followed
         self._subscriptions = [
             con.signal_subscribe(
                 NAME, MANAGER, "JobRemoved", PATH, None, Gio.DBusSignalFlags.NONE, self._job_removed
@@ -111,6 +115,7 @@ class Systemd:
 
     def unfollow(self, unit: str) -> None:
         self._paths.pop(unit_path(unit), None)
+        self._told.pop(unit, None)
 
     async def reload(self) -> None:
         await self._call("Reload", None)
@@ -120,6 +125,12 @@ class Systemd:
         "dependency", ...).
         """
         return await self._job("StartUnit", unit)
+
+    async def start_bound(self, unit: str) -> str:
+        """As start, for a unit that is bound to a VM's (BindsTo=): it starts for a VM that starts, and never
+        starts one that somebody has stopped meanwhile, but is stopped at once itself.
+        """
+        return await self._job("StartUnit", unit, mode="ignore-requirements")
 
     async def stop(self, unit: str) -> str:
         try:
@@ -146,8 +157,8 @@ class Systemd:
     async def state(self, unit: str) -> UnitState:
         path = unit_path(unit)
         try:
-            general = await self._properties(path, UNIT)
-            service = await self._properties(path, SERVICE)
+            general = await self._properties(path, UNIT, UNIT_STATE)
+            service = await self._properties(path, SERVICE, SERVICE_STATE)
         except GLib.Error as error:
             if error.matches(Gio.dbus_error_quark(), Gio.DBusError.UNKNOWN_OBJECT):
                 return INACTIVE
@@ -175,19 +186,20 @@ class Systemd:
             raise Failed(f"systemd does not say whether the host shuts down: {error.message}") from error
         return bool(state == "stopping")
 
-    async def _properties(self, path: str, iface: str) -> dict[str, Any]:
+    async def _properties(self, path: str, iface: str, wanted: Sequence[str]) -> dict[str, Any]:
+        """Those that there are; systemd has hundreds, and unpacking all of them costs milliseconds."""
         args = GLib.Variant("(s)", (iface,))
-        (values,), _ = await loop.dbus_call(
+        reply, _ = await loop.dbus_reply(
             self._con, NAME, path, PROPERTIES, "GetAll", args, "(a{sv})", CALL_TIMEOUT_MS
         )
-        return dict(values)
+        return _pick(reply.get_child_value(0), wanted)
 
-    async def _job(self, method: str, unit: str) -> str:
+    async def _job(self, method: str, unit: str, mode: str = "replace") -> str:
         # JobRemoved may arrive before the reply that names the job: results are kept while any start is
         # under way.
         self._starting += 1
         try:
-            (job,) = await self._call(method, GLib.Variant("(ss)", (unit, "replace")))
+            (job,) = await self._call(method, GLib.Variant("(ss)", (unit, mode)))
             if job in self._early:
                 return self._early[job]
             # Two callers who want the same of one unit at the same time are given the same job.
@@ -218,5 +230,17 @@ class Systemd:
 
     def _changed(self, *args: Any) -> None:
         unit = self._paths.get(args[2])
-        if unit is not None:
-            self._on_unit(unit)
+        if unit is None:
+            return
+        # systemd tells all whenever one has changed: the status text of a service too, which is the guest's.
+        state = _pick(args[5].get_child_value(1), UNIT_SIGNAL)
+        if len(state) == len(UNIT_SIGNAL) and self._told.get(unit) == state:
+            return
+        self._told[unit] = state
+        self._on_unit(unit)
+
+
+def _pick(values: GLib.Variant, wanted: Sequence[str]) -> dict[str, Any]:
+    """Of an a{sv}."""
+    found = ((name, values.lookup_value(name, None)) for name in wanted)
+    return {name: value.unpack() for name, value in found if value is not None}

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hosts import layers
-from net.networks import LAN, Desk, ProcessHolders, make_port, run
+from main_loop import run
+from net.networks import LAN, Desk, ProcessHolders, make_port
 from vmsilod.network import taps
 from vmsilod.network.namespaces import run_inside
 

@@ -26,7 +26,7 @@ MANAGER = "org.vmsilo1.Manager"
 VM = "org.vmsilo1.VM"
 PROPERTIES = "org.freedesktop.DBus.Properties"
 OBJECTS = "org.freedesktop.DBus.ObjectManager"
-CALL_SECONDS = 8
+CALL_SECONDS = 30
 
 
 class BusError(Exception):

@@ -27,6 +27,7 @@ EXPECTED = (
     "connection to vmsilo-relayd failed",  # a test kills the relay
     "vmsilo-relayd went away",
     "virtiofsd",  # tests kill one
+    "State 'stop-sigterm' timed out. Killing.",  # and stop one that does not serve yet
     "which is not our child",  # systemd 257 of a unit with PrivatePIDs=
     "cannot make /shared/files",  # the disk is full on purpose
     "Failed to start vmsilo-files-home",
@@ -38,6 +39,7 @@ EXPECTED = (
     "begins like a qcow2 image",  # a guest writes such a header
     "Failed to start vmsilo-disks-vm.service",
     "Failed to start vmsilo-thief-vm.service",
+    "what is forwarded is dropped by",  # beside other firewalls
 )
 
 

@@ -18,7 +18,7 @@ VM = """
 memory = 768
 shared_home = true
 shared_directories = [
-    { path = "/srv/work", id = "work" },
+    { path = "/srv/desk", id = "desk" },
     { path = "/srv/books and more", mount = "/home/user/Books", readonly = true, cache = "always" },
     { path = "/srv/all", tag = "all", uid_map = "0 0 65535", gid_map = "0 0 65535" },
     { path = "/srv/one", tag = "one", uidmap = "1000 1234 1", gidmap = "1000 1234 1" },
@@ -27,13 +27,13 @@ shared_directories = [
 UNITS = "vmsilo-files-share@*"
 TEMPLATE = "/var/lib/vmsilo/home-template"
 SETUP = f"""
-mkdir -p /srv/work/inner '/srv/books and more' /srv/all /srv/one
+mkdir -p /srv/desk/inner '/srv/books and more' /srv/all /srv/one
 useradd -u 1234 -M other 2>/dev/null || true
-chown -R user:user /srv/work '/srv/books and more'; chown 1234:1234 /srv/one
+chown -R user:user /srv/desk '/srv/books and more'; chown 1234:1234 /srv/one
 echo a book > '/srv/books and more/book'
-echo from-host > /srv/work/note; chown user:user /srv/work/note; chmod 600 /srv/work/note
+echo from-host > /srv/desk/note; chown user:user /srv/desk/note; chmod 600 /srv/desk/note
 echo secret > /srv/secret; chmod 644 /srv/secret
-ln -s /srv/secret /srv/work/link; ln -s ../secret /srv/work/up
+ln -s /srv/secret /srv/desk/link; ln -s ../secret /srv/desk/up
 mkdir {TEMPLATE}/.config; echo set > {TEMPLATE}/.config/app; ln -s /etc/shadow {TEMPLATE}/shadow
 echo '#!/bin/sh' > {TEMPLATE}/tool; mkfifo {TEMPLATE}/pipe
 chown -hR user:user {TEMPLATE}; chmod 4755 {TEMPLATE}/tool
@@ -87,7 +87,7 @@ def test_both_directions_with_the_right_owners(files: Container) -> None:
     assert guest(files, "stat -c %U ~/host-file; echo more >> ~/host-file; cat ~/host-file") == (
         "user\nfrom host\nmore\n"
     )
-    assert guest(files, "cat /mnt/work/note; stat -c '%U %a' /mnt/work/note") == "from-host\nuser 600\n"
+    assert guest(files, "cat /mnt/desk/note; stat -c '%U %a' /mnt/desk/note") == "from-host\nuser 600\n"
 
 
 def test_a_setuid_program_is_refused(files: Container) -> None:
@@ -111,9 +111,9 @@ def test_readonly_is_refused_on_both_sides(files: Container) -> None:
 
 def test_links_and_parents_lead_nowhere_outside(files: Container) -> None:
     """The guest follows links by itself, in its own file system."""
-    assert "No such file" in guest(files, "cat /mnt/work/link", check=False)
-    assert "No such file" in guest(files, "cat /mnt/work/up", root=True, check=False)
-    assert guest(files, "ls /mnt/work/..").split() == ["all", "one", "work"]
+    assert "No such file" in guest(files, "cat /mnt/desk/link", check=False)
+    assert "No such file" in guest(files, "cat /mnt/desk/up", root=True, check=False)
+    assert guest(files, "ls /mnt/desk/..").split() == ["all", "desk", "one"]
     guest(files, "ln -s /etc/shadow ~/out; ln -s ../../../../etc/debian_version ~/out2")
     assert guest(files, "cat ~/out2") == guest(files, "cat /etc/debian_version")
     assert "Permission denied" in guest(files, "cat ~/out", check=False)
@@ -158,17 +158,17 @@ def test_status_lists_the_shares(files: Container) -> None:
     status = json.loads(files.run("vmsilo status --json files").stdout)
     assert status["Shares"][:3] == [
         "/shared/files:/home/user",
-        "/srv/work:/mnt/work",
+        "/srv/desk:/mnt/desk",
         "/srv/books and more:/home/user/Books:ro",
     ]
 
 
 def test_a_virtiofsd_that_ends_takes_the_vm_with_it_and_says_so(files: Container) -> None:
     start(files)
-    files.run("systemctl kill -s KILL --kill-whom=main vmsilo-files-share@work.service")
+    files.run("systemctl kill -s KILL --kill-whom=main vmsilo-files-share@desk.service")
     files.wait_until("vmsilo list | grep -q 'files *failed'")
     assert (
-        "the virtiofsd of its shared directory 'work' ended by signal 9"
+        "the virtiofsd of its shared directory 'desk' ended by signal 9"
         in files.vms()["files"]["LastResult"]
     )
     nothing_runs(files)
@@ -204,11 +204,26 @@ def test_shares_outlive_vmsilod_and_end_with_the_vm(files: Container) -> None:
 
 def test_a_start_survives_a_kill_of_vmsilod_at_its_shares(files: Container) -> None:
     files.run("systemctl start --no-block vmsilo-files-vm.service")
-    files.wait_until("systemctl -q is-active vmsilo-files-share@work.service")
+    files.wait_until("systemctl -q is-active vmsilo-files-share@desk.service")
     files.run("systemctl kill -s KILL --kill-whom=main vmsilod.service")
     files.wait_until("vmsilo list | grep -q 'files *running'", seconds=120)
     assert files.run("pgrep -c virtiofsd").stdout == "5\n"
-    assert guest(files, "cat ~/new /mnt/work/note") == "hello\nfrom-host\n"
+    assert guest(files, "cat ~/new /mnt/desk/note") == "hello\nfrom-host\n"
+
+
+def test_a_share_that_does_not_serve_yet_is_stopped_at_once(files: Container) -> None:
+    """As the first process of a namespace it is not ended by a SIGTERM that it does not handle."""
+    files.run(["vm-stop", "files"], user="user")
+    unit = "vmsilo-files-share@desk.service"
+    files.run("systemctl kill -s STOP --kill-whom=main vmsilod.service")  # so it waits for the answer
+    try:
+        files.run(f"systemctl start --no-block --job-mode=ignore-requirements {unit}")
+        files.wait_until(f"grep -qx vmsilo-share /proc/$(systemctl show -P MainPID {unit})/comm")
+        files.run(f"systemctl stop {unit}", timeout=20)
+    finally:
+        files.run("systemctl kill -s CONT --kill-whom=main vmsilod.service")
+    files.run(f"systemctl reset-failed {unit}", check=False)
+    nothing_runs(files)
 
 
 def test_a_guest_that_reboots_has_its_shares(files: Container) -> None:
@@ -220,7 +235,7 @@ def test_a_guest_that_reboots_has_its_shares(files: Container) -> None:
         f"test $({as_user} vm-run files cat /proc/sys/kernel/random/boot_id) != {before.strip()}",
         seconds=120,
     )
-    assert guest(files, "cat ~/new /mnt/work/note") == "hello\nfrom-host\n"
+    assert guest(files, "cat ~/new /mnt/desk/note") == "hello\nfrom-host\n"
 
 
 def nothing_runs(host: Container) -> None:
@@ -231,13 +246,13 @@ def nothing_runs(host: Container) -> None:
 
 def test_what_cannot_be_shared_is_said(files: Container) -> None:
     files.run("vm-stop --force files", check=False)
-    files.run("mv /srv/work /srv/away; ln -s /srv/away /srv/work; chown -h user:user /srv/work")
+    files.run("mv /srv/desk /srv/away; ln -s /srv/away /srv/desk; chown -h user:user /srv/desk")
     try:
         failed = files.run(["vm-start", "files", "--wait"], user="user", check=False)
         assert failed.returncode != 0
         assert "is a symbolic link" in failed.stderr
     finally:
-        files.run("rm /srv/work; mv /srv/away /srv/work")
+        files.run("rm /srv/desk; mv /srv/away /srv/desk")
     files.run("mv /shared/files /shared/kept; chown root /shared/kept; mv /shared/kept /shared/files")
     try:
         failed = files.run(["vm-start", "files", "--wait"], user="user", check=False)

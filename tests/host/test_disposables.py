@@ -63,12 +63,14 @@ def end(site: Site, client: subprocess.Popen[bytes], command: str, how: str = "K
 
 
 def kill_daemon(site: Site) -> None:
+    pid = site.host.run("systemctl show -P MainPID vmsilod.service").stdout.strip()
     site.host.run("systemctl kill --kill-whom=main --signal=KILL vmsilod.service", check=False)
+    site.host.wait_until(f"test ! -e /proc/{pid}", seconds=20)
 
 
 def wait_for_daemon(site: Site) -> None:
-    site.host.wait_until("busctl --system status org.vmsilo1", seconds=20)
     site.host.wait_until("systemctl -q is-active vmsilod.service", seconds=20)
+    site.host.wait_until("busctl --system status org.vmsilo1", seconds=20)
 
 
 def test_a_command_in_a_disposable(site: Site) -> None:

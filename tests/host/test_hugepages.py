@@ -41,8 +41,11 @@ def huge(site: Site) -> Iterator[Site]:
     yield site
     found = pool.read_counters().persistent, list_images(site.host)
     pool.set_persistent(before)  # they are this machine's, not the container's
-    # It stays mounted, empty; the next test is to find what this one found.
-    site.host.run(f"systemctl stop run-vmsilo-hugepages.mount; rm -rf {IMAGE}")
+    # It stays mounted, empty; the next test is to find what this one found. vmsilod may just look into it.
+    site.host.wait_until(
+        "systemctl stop run-vmsilo-hugepages.mount && ! mountpoint -q /run/vmsilo/hugepages"
+    )
+    site.host.run(f"rm -rf {IMAGE}")
     assert found == (before, []), "pages were not given back"
 
 
@@ -164,7 +167,11 @@ def test_vmsilod_is_killed_during_a_first_start(huge: Site, milliseconds: int) -
 
 def test_damaged_image_starts_no_vm(huge: Site) -> None:
     huge.expect("is damaged|Failed to start")
-    huge.host.run(f"printf y | dd of={IMAGE}/{FIRST}/root.erofs bs=1 seek=5000000 conv=notrunc")
+    with (huge.host.root / IMAGE.lstrip("/") / FIRST / "root.erofs").open("r+b") as root:
+        root.seek(5_000_000)
+        was = root.read(1)[0]
+        root.seek(5_000_000)
+        root.write(bytes([was ^ 1]))
     for short in ("refuse", "page-cache"):
         name = huge.define(TABLE.format(f'short_of_pages = "{short}"'))
         done = huge.vm_run(name, "true")

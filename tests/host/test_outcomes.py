@@ -78,6 +78,22 @@ def test_killed_on_request(site: Site) -> None:
     assert site.state(name) == "stopped"
 
 
+@pytest.mark.parametrize("milliseconds", [0, 30, 60, 100, 150, 250])
+def test_killed_on_request_during_the_start(site: Site, milliseconds: int) -> None:
+    """Nothing starts it again, not even what the start had under way; and it did not fail."""
+    name = site.define(ON_CRASH)
+    site.host.run(["systemctl", "start", "--no-block", unit(name)])
+    site.host.wait_until(f"systemctl show -P ActiveState {unit(name)} | grep -qE '^activ'")
+    time.sleep(milliseconds / 1000)
+    site.host.run(["vm-stop", "--force", name], user=USER)
+    state, result, outcome = ended(site, name)
+    # "": its launcher had not asked vmsilod for anything.
+    assert (state, result) == ("inactive", "success")
+    assert outcome in {"killed-on-request", ""}
+    time.sleep(1)
+    assert site.main_pid(name) == 0
+
+
 def test_panic(site: Site) -> None:
     site.expect(CRASHED)
     name = site.running()

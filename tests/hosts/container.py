@@ -7,6 +7,7 @@ ended and its mounts are gone (they are in our own mount namespace, and systemd-
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -34,7 +35,9 @@ Result = subprocess.CompletedProcess[str]
 
 
 class Container(AbstractContextManager["Container"]):
-    """`run` executes in it, as root or as another user; `root` is its file tree seen from here."""
+    """`run` executes in it, as root or as another user; `root` is its file tree seen from here,
+    `wheels` what `make install` needs of the package index.
+    """
 
     def __init__(self, *, with_image: bool = True) -> None:
         self._with_image = with_image
@@ -44,6 +47,7 @@ class Container(AbstractContextManager["Container"]):
         self._scratch = Path()
         self._images: Path | None = None
         self.root = Path()
+        self.wheels = Path()
         self.boot_log = Path()
 
     def __enter__(self) -> Container:
@@ -59,6 +63,7 @@ class Container(AbstractContextManager["Container"]):
                 ["mount", "-t", "tmpfs", "-o", "mode=755", "vmsilo-host", str(scratch)], check=True
             )
             stack.callback(subprocess.run, ["umount", "-l", str(scratch)], check=False)
+            self.wheels = base / "wheels"
             self.boot_log = scratch / "boot.log"
             self.root = stack.enter_context(
                 layers.mounted([installed / "upper", base / "root"], scratch / "upper", scratch / "work")
@@ -80,7 +85,9 @@ class Container(AbstractContextManager["Container"]):
             notify.bind(str(notify_path))
             notify.settimeout(BOOT_SECONDS)
             argv = [
-                *("setpriv", "--pdeathsig", "KILL", "systemd-nspawn", "-D", str(self.root), "--boot"),
+                # systemd-nspawn that is killed leaves its container; as PID 1 of a namespace it does not.
+                *("setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--fork", "--kill-child=KILL"),
+                *("--mount-proc", "systemd-nspawn", "-D", str(self.root), "--boot"),
                 *(
                     "--register=no",
                     "--keep-unit",
@@ -108,14 +115,14 @@ class Container(AbstractContextManager["Container"]):
             )
             while b"READY=1" not in notify.recv(4096).splitlines():
                 pass
-        children = Path(f"/proc/{self._nspawn.pid}/task/{self._nspawn.pid}/children").read_text().split()
-        self._leader = int(children[0])
+        self._leader = find_child(find_child(self._nspawn.pid))
 
     def _stop(self) -> None:
         nspawn, self._nspawn = self._nspawn, None
         if nspawn is None:
             return
-        nspawn.send_signal(signal.SIGTERM)
+        with contextlib.suppress(OSError, IndexError):
+            os.kill(find_child(nspawn.pid), signal.SIGTERM)
         try:
             nspawn.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
@@ -198,3 +205,7 @@ class Container(AbstractContextManager["Container"]):
 
     def copy_in(self, source: Path, path: str) -> None:
         shutil.copy2(source, self.root / path.lstrip("/"))
+
+
+def find_child(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])

@@ -52,6 +52,15 @@ HOST_PACKAGES = [
     "openssh-client",
     *(["virtiofsd"] if HOST_SUITE != "bookworm" else []),
 ]
+# Other programs with rules of their own, for tests of living beside them; none runs unless a test starts it.
+FIREWALL_PACKAGES = ["docker.io", "firewalld", "ufw"]
+FIREWALL_UNITS = [
+    "containerd.service",
+    "docker.service",
+    "docker.socket",
+    "firewalld.service",
+    "ufw.service",
+]
 # vhost-device-vsock stands in for the kernel's vhost-vsock, which a container on a bare kernel does not
 # have.
 DEVICE_SUITE = "forky"
@@ -162,12 +171,13 @@ def run_shown(argv: list[str]) -> None:
 
 
 def make_base() -> Path:
-    """Debian with all packages; no vmsilo yet. About 800 MB."""
-    target = CACHE / "hosts" / f"base-{digest(HOST_SUITE, DEVICE_SUITE, DEVICE_PACKAGE, *HOST_PACKAGES)}"
+    """Debian with all packages; no vmsilo yet. About 1.2 GB."""
+    packages = [*HOST_PACKAGES, *FIREWALL_PACKAGES]
+    target = CACHE / "hosts" / f"base-{digest(HOST_SUITE, DEVICE_SUITE, DEVICE_PACKAGE, *packages)}"
     with making(target) as partial:
         if partial is not None:
-            say(f"building the test host's root: Debian {HOST_SUITE}, {len(HOST_PACKAGES)} packages")
-            include = ",".join(HOST_PACKAGES)
+            say(f"building the test host's root: Debian {HOST_SUITE}, {len(packages)} packages")
+            include = ",".join(packages)
             root = partial / "root"
             run_logged(
                 ["mmdebstrap", "--variant=minbase", f"--include={include}", HOST_SUITE, str(root)],
@@ -182,6 +192,7 @@ def make_base() -> Path:
             )
             shutil.copy2(device / "usr/bin" / DEVICE_PACKAGE, root / "usr/bin" / DEVICE_PACKAGE)
             shutil.rmtree(device)
+            subprocess.run(["systemctl", f"--root={root}", "-q", "disable", *FIREWALL_UNITS], check=True)
             finish_root(root)
             fetch_wheels(partial / "wheels", root)
     drop_older(target)
@@ -220,6 +231,17 @@ def fetch_wheels(wheels: Path, root: Path) -> None:
     )
 
 
+def copy_sources(target: Path) -> None:
+    """What `make install` takes, into a new folder."""
+    target.mkdir()
+    for part in INSTALLED_FROM:
+        path = REPO / part
+        if path.is_dir():
+            shutil.copytree(path, target / part, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy2(path, target / part)
+
+
 def make_installed(base: Path, name: str = "installed", then: str = "true") -> Path:
     """The difference that `make install`, and the shell command `then`, make on a root: an overlay's upper
     folder.
@@ -229,13 +251,7 @@ def make_installed(base: Path, name: str = "installed", then: str = "true") -> P
         if partial is not None:
             say(f"installing vmsilo in the {name.removesuffix('installed') or 'test '}host: make install")
             source = partial / "source"
-            source.mkdir()
-            for part in INSTALLED_FROM:
-                path = REPO / part
-                if path.is_dir():
-                    shutil.copytree(path, source / part, ignore=shutil.ignore_patterns("__pycache__"))
-                else:
-                    shutil.copy2(path, source / part)
+            copy_sources(source)
             (partial / "upper").mkdir()
             with mounted([base / "root"], partial / "upper", partial / "work") as merged:
                 run_logged(

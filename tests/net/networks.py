@@ -12,32 +12,21 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from ipaddress import ip_interface, ip_network
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from gi.repository import GLib
+from main_loop import run
 from net.frames import IPV4, IPV6, Ends, Frame, arp, ethernet, ip_udp
-from vmsilod import loop
 from vmsilod.network.plan import NetworkPlan, Port
 from vmsilod.network.switch import Switches
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
     from types import TracebackType
     from typing import Any
 
-T = TypeVar("T")
 HEADER = 10  # bytes of struct virtio_net_hdr in front of each frame, where the port has it
 ANSWER_SECONDS = 2.0
 QUIET_SECONDS = 0.15
 LAN = "lan"
-
-
-def run(coro: Coroutine[Any, Any, T]) -> T:
-    main_loop = GLib.MainLoop()
-    future = loop.spawn(coro)
-    future.add_done_callback(lambda _: loop.call_soon(main_loop.quit))
-    main_loop.run()
-    return future.result()
 
 
 class ProcessHolders:

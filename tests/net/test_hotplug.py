@@ -8,8 +8,9 @@ import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
+from main_loop import run
 from net.networks import ProcessHolders
-from pool_tools import applied, ip, nft, pool_at, require_workers_here, run, taps_there, vm
+from pool_tools import applied, ip, nft, pool_at, require_workers_here, taps_there, vm
 from qmp_server import QmpServer
 from vmsilod import hotplug
 from vmsilod.config.model import VmConfig

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from pool_tools import applied, bridged, ip, nft, pool_at, require_workers_here, run, taps_there, vm
+from main_loop import run
+from pool_tools import applied, bridged, ip, nft, pool_at, require_workers_here, taps_there, vm
 from vmsilod.errors import StartFailed
 from vmsilod.network import taps
 

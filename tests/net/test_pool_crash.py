@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from pool_tools import applied, bridged, ip, nft, plan_of, pool_at, require_workers_here, run, taps_there, vm
+from main_loop import run
+from pool_tools import applied, bridged, ip, nft, plan_of, pool_at, require_workers_here, taps_there, vm
 from vmsilod.network import batch
 
 if TYPE_CHECKING:

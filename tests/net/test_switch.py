@@ -7,6 +7,7 @@ import subprocess
 from dataclasses import replace
 
 import pytest
+from main_loop import run
 from net.frames import (
     ARP,
     BROADCAST,
@@ -19,7 +20,7 @@ from net.frames import (
     router_advertisement,
     solicitation,
 )
-from net.networks import Desk, gateway_of, make_port, make_router, run
+from net.networks import Desk, gateway_of, make_port, make_router
 from vmsilod.errors import StartFailed
 
 A, B, C = make_port("alpha", 2), make_port("beta", 3), make_port("gamma", 4)

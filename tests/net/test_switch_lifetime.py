@@ -8,7 +8,8 @@ import os
 from dataclasses import replace
 
 import pytest
-from net.networks import LAN, Desk, gateway_of, make_port, make_router, run
+from main_loop import run
+from net.networks import LAN, Desk, gateway_of, make_port, make_router
 from vmsilod.errors import StartFailed
 from vmsilod.network.plan import NetworkPlan
 from vmsilod.network.switch import Switches

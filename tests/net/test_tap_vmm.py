@@ -10,10 +10,11 @@ import struct
 from typing import TYPE_CHECKING
 
 import pytest
+from main_loop import run
 from net import packets
 from net.packets import BROADCAST, Way
 from net.tap_ground import SHORT, heard, peer, received
-from pool_tools import applied, ip, pool_at, require_workers_here, run, vm
+from pool_tools import applied, ip, pool_at, require_workers_here, vm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

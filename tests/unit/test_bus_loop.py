@@ -6,27 +6,14 @@ import logging
 import os
 import threading
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
-
-if TYPE_CHECKING:
-    from collections.abc import Coroutine
 
 pytest.importorskip("gi", reason="needs python3-gi")
 
 from gi.repository import GLib
+from main_loop import run
 from vmsilod import loop
-
-T = TypeVar("T")
-
-
-def run(coro: Coroutine[Any, Any, T]) -> T:
-    main_loop = GLib.MainLoop()
-    future = loop.spawn(coro)
-    future.add_done_callback(lambda _: loop.call_soon(main_loop.quit))
-    main_loop.run()
-    return future.result(0)
 
 
 async def fail() -> None:

@@ -47,6 +47,20 @@ def test_a_new_owner_is_not_shown_what_ran_for_the_one_before(host: ConsoleHost,
     assert read_history(host) == b""
 
 
+def test_of_an_animation_the_journal_has_a_line_now_and_then(host: ConsoleHost, control: Control) -> None:
+    journal = host.journal()
+    terminal = host.open(control, journal=journal)
+    terminal.write(b"[  OK  ] Started a.\n")
+    for stars in (b"[*     ]", b"[**    ]", b"[ *** *]"):
+        terminal.write(b"\r\x1b[K" + stars + b" (1 of 2) Job b.service/start running (5s / 1min)\n")
+    terminal.write(b"[FAILED] Failed to start b.\n")
+    assert [line.partition(b": ")[2] for line in journal.lines(3)] == [
+        b"[  OK  ] Started a.",
+        b"[*     ] (1 of 2) Job b.service/start running (5s / 1min)",
+        b"[FAILED] Failed to start b.",
+    ]
+
+
 def test_same_run_again_with_the_same_journal_goes_on_with_it(host: ConsoleHost, control: Control) -> None:
     """vmsilod died before it answered, and the launcher has passed everything anew."""
     journal = host.journal()

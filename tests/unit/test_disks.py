@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 from vmsilod.config.disks import AdditionalDisk
-from vmsilod.disk_claims import refuse_conflicts
 from vmsilod.errors import StartFailed
 from vmsilod.resources import disks, filesystems
+from vmsilod.resources.disk_keys import key_of
 from vmsilod.resources.disks import OpenDisk, Vmm
 
 if TYPE_CHECKING:
@@ -50,6 +50,15 @@ def test_overlay_has_no_name_at_any_time(tmp_path: Path) -> None:
         assert os.pread(overlay.fd, 2, 1024 + 56) == EXT4_MAGIC
         assert list(tmp_path.iterdir()) == []
         assert tmp_path.stat().st_mode & 0o777 == 0o700
+    finally:
+        os.close(overlay.fd)
+
+
+def test_overlay_that_its_guest_encrypts_is_empty(tmp_path: Path) -> None:
+    overlay = disks.make_overlay(1 << 30, ME, tmp_path, encrypted=True)
+    try:
+        assert (os.fstat(overlay.fd).st_size, os.fstat(overlay.fd).st_blocks) == (1 << 30, 0)
+        assert overlay.serial == "vmsilo-crypt"
     finally:
         os.close(overlay.fd)
 
@@ -206,8 +215,8 @@ def test_block_device_has_one_writer_or_readers(block_device: str) -> None:
             disks.open_additional(disk, ME)
     os.close(first.fd)
     readers = [disks.open_additional(reads, ME) for _ in range(2)]
-    assert disks.key_of(readers[0].fd) == disks.key_of(readers[1].fd)
-    assert disks.key_of(readers[0].fd).startswith("block:")
+    assert key_of(readers[0].fd) == key_of(readers[1].fd)
+    assert key_of(readers[0].fd).startswith("block:")
     for reader in readers:
         os.close(reader.fd)
     assert subprocess.run(["wipefs", "-q", block_device], check=False).returncode == 0  # it is free again
@@ -242,39 +251,6 @@ def test_readers_share_and_lock_false_asks_nobody(tmp_path: Path) -> None:
     finally:
         for fd in fds:
             os.close(fd)
-
-
-def test_one_disk_has_one_key_whatever_it_is_called(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"")
-    (tmp_path / "link").symlink_to("a")
-    (tmp_path / "hard").hardlink_to(tmp_path / "a")
-    (tmp_path / "other").write_bytes(b"")
-    keys = []
-    for name in ("a", "link", "hard", "other"):
-        fd = os.open(tmp_path / name, os.O_RDONLY)
-        keys.append(disks.key_of(fd))
-        os.close(fd)
-    assert keys[0] == keys[1] == keys[2] != keys[3]
-
-
-@pytest.mark.parametrize(
-    ("writes", "held", "words"),
-    [
-        (False, False, ""),
-        (True, False, "is reading"),
-        (False, True, "is writing"),
-        (True, True, "is writing"),
-    ],
-)
-def test_two_vms_and_one_disk(writes: bool, held: bool, words: str) -> None:  # noqa: FBT001 - cases
-    wanted = {"file:1:2": (writes, "disk 'data' (/srv/data)")}
-    holders = {"work": {"file:1:2": held, "file:1:3": True}, "banking": {"file:1:2": True}}
-    if not words:
-        refuse_conflicts("banking", wanted, holders)
-        return
-    with pytest.raises(StartFailed) as caught:
-        refuse_conflicts("banking", wanted, holders)
-    assert f"disk 'data' (/srv/data): VM 'work', which runs, {words}" in str(caught.value)
 
 
 @pytest.mark.parametrize(("mode", "refused"), [(0o644, False), (0o646, True), (0o666, True), (0o664, True)])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from vmsilo_image import cpio
 from vmsilo_image.errors import ImageError
-from vmsilo_image.initrd import APPLETS, build_initrd, has_pmem
+from vmsilo_image.initrd import APPLETS, CRYPT_PROGRAMS, build_initrd, has_crypt, has_pmem
 from vmsilo_image.modules import module_name, plan_load_order
 from vmsilo_image.rootfs import enable_own_network
 from vmsilo_image.tree import find_ids, resolve_inside, write_file
@@ -207,6 +207,27 @@ def test_image_says_whether_its_root_can_be_persistent_memory(
     (base / "modules.dep").write_text("".join(f"kernel/{name}.ko:\n" for name in module_files))
     (base / "modules.builtin").write_text("".join(f"kernel/{name}.ko\n" for name in builtin))
     assert has_pmem(tmp_path, "6.1-x") is expected
+
+
+@pytest.mark.parametrize(
+    ("module_files", "programs", "expected"),
+    [
+        (("xts", "dm-crypt"), CRYPT_PROGRAMS, True),
+        (("xts",), CRYPT_PROGRAMS, False),
+        (("xts", "dm-crypt"), CRYPT_PROGRAMS[:1], False),
+    ],
+)
+def test_image_says_whether_its_overlay_can_be_encrypted(
+    tmp_path: Path, module_files: tuple[str, ...], programs: tuple[str, ...], *, expected: bool
+) -> None:
+    base = tmp_path / "lib/modules/6.1-x"
+    base.mkdir(parents=True)
+    (base / "modules.dep").write_text("".join(f"kernel/{name}.ko:\n" for name in module_files))
+    (base / "modules.builtin").write_text("")
+    (tmp_path / "usr/sbin").mkdir(parents=True)
+    for program in programs:
+        (tmp_path / program.lstrip("/")).touch()
+    assert has_crypt(tmp_path, "6.1-x") is expected
 
 
 def test_init_is_a_valid_shell_script() -> None:

@@ -29,7 +29,7 @@ PACKAGES = {
 LAYERS = (
     {"vmsilod.errors"},
     {"vmsilod.loop", "vmsilod.closing"},
-    {"vmsilod.waiting", "vmsilod.events"},
+    {"vmsilod.waiting", "vmsilod.events", "vmsilod.state_file"},
     {"vmsilod.pci", "vmsilod.network.plan", "vmsilod.network.names"},
     {"vmsilod.config", "vmsilod.resources", "vmsilod.vmm", "vmsilod.systemd"},
     {"vmsilod.restart", "vmsilod.first_sign"},

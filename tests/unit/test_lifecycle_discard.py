@@ -1,6 +1,6 @@
-"""A disposable's VM is taken away: after a failure half-way, the next attempt gives back what its run held.
+"""A systemd that does not answer at the wrong moment: what a run held is given back nevertheless.
 
-Runs, endings and systemd are stand-ins: of interest is a systemd that stops a unit and then does not answer.
+Runs, endings and systemd are stand-ins.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
-from gi.repository import GLib
+from main_loop import run
 from vmsilod import loop
 from vmsilod.config.model import VmConfig
 from vmsilod.errors import Failed
@@ -20,8 +20,6 @@ from vmsilod.resources.record import Record
 from vmsilod.systemd import INACTIVE, UnitState
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
-
     from vmsilod.registry import Vm
 
 
@@ -62,25 +60,51 @@ class Runs:
         vm.forget_run()
 
 
-def run(coro: Coroutine[Any, Any, None]) -> None:
-    main_loop = GLib.MainLoop()
-    future = loop.spawn(coro)
-    future.add_done_callback(lambda _: loop.call_soon(main_loop.quit))
-    main_loop.run()
-    future.result()
+@pytest.fixture
+def systemd() -> Systemd:
+    return Systemd()
 
 
-def test_a_run_that_ended_unseen_is_settled_by_the_next_attempt() -> None:
-    registry, systemd = Registry(), Systemd()
+@pytest.fixture
+def registry() -> Registry:
+    return Registry()
+
+
+@pytest.fixture
+def lifecycle(systemd: Systemd, registry: Registry) -> Lifecycle:
+    """With the VM box, which runs."""
     holders = SimpleNamespace(usb=None, endings=Endings(), pci=None, network=None)
     publication = SimpleNamespace(show_status=lambda _vm: None)
-    lifecycle = Lifecycle(registry, *cast("tuple[Any, ...]", (systemd, holders, Runs(), publication)))
+    made = Lifecycle(registry, *cast("tuple[Any, ...]", (systemd, holders, Runs(), publication)))
     vm = registry.adopt("box")
     vm.unit, vm.config = systemd.unit, CONFIG
     vm.record = Record("box", vm.service, "a", vmm="qemu", config="")
+    return made
+
+
+def test_a_run_that_ended_unseen_is_settled_by_the_next_attempt(
+    lifecycle: Lifecycle, registry: Registry, systemd: Systemd
+) -> None:
     with pytest.raises(Failed, match="does not answer"):
         run(lifecycle.discard("box"))
-    assert vm.record is not None
+    assert registry.require("box").record is not None
     systemd.answers = True
     run(lifecycle.discard("box"))
+    assert registry.require("box").record is None
+
+
+def test_an_end_that_systemd_says_once_is_asked_about_until_it_answers(
+    lifecycle: Lifecycle, registry: Registry, systemd: Systemd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmsilod.lifecycle.REFRESH_AGAIN", (0.05, 0.05, 5.0))
+    systemd.unit, systemd.answers = INACTIVE, False
+
+    async def go() -> None:
+        lifecycle.unit_changed(registry.require("box").service)
+        await loop.after(0.07)
+        assert registry.require("box").record is not None
+        systemd.answers = True
+        await loop.after(0.2)
+
+    run(go())
     assert registry.require("box").record is None

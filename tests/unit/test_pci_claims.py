@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
-import pytest
-
-pytest.importorskip("gi", reason="needs python3-gi")
-
-from gi.repository import GLib
+from main_loop import run
 from pci_tree import NIC, PciTree, Spec, lone_nic
 from vmsilod import loop
 from vmsilod.pci.claims import PciClaims
 from vmsilod.pci.state import State, save_state
+from vmsilod.state_file import temporary_of
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
     from pathlib import Path
 
-T = TypeVar("T")
-
-
-def run(coro: Coroutine[Any, Any, T]) -> T:
-    main_loop = GLib.MainLoop()
-    future = loop.spawn(coro)
-    future.add_done_callback(lambda _: loop.call_soon(main_loop.quit))
-    main_loop.run()
-    return future.result(0)
+    import pytest
 
 
 async def start_nothing(unit: str) -> str:
@@ -65,6 +53,6 @@ def test_a_repair_that_fails_is_told_and_vmsilod_starts(
     save_state(State("boot-1", held={NIC: "sys-net"}), file)
     claims = PciClaims(start_nothing, tree.roots, file)
     # Nothing can be saved any more.
-    file.with_suffix(".new").mkdir()
+    temporary_of(file).mkdir()
     run(claims.repair(()))
     assert "not all taken back: cannot write" in caplog.text

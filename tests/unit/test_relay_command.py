@@ -106,6 +106,14 @@ def test_half_ready_is_not_ready(host: RelayHost, half: bytes) -> None:
     assert host.client(wait=0.1).error() == "timeout"
 
 
+def test_a_client_that_does_not_say_waits_as_the_vm_is_configured(host: RelayHost, control: Control) -> None:
+    assert host.add(control, "slow", start_timeout=1).get("ok")
+    client = host.client(name="slow", wait=None)
+    began = time.monotonic()
+    assert client.error() == "timeout"
+    assert time.monotonic() - began > 0.9
+
+
 @pytest.mark.usefixtures("control")
 def test_another_users_request_is_denied(host: RelayHost) -> None:
     if os.getuid() != 0:

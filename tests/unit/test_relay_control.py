@@ -155,6 +155,8 @@ def test_poweroff_without_answer_or_agent_is_an_error(host: RelayHost, control: 
         {"secret": "zz" * 32},
         {"owner": -1},
         {"owner": True},
+        {"start_timeout": 3601},
+        {"start_timeout": None},
         {"channel": {"type": "kernel", "cid": 2}},
         {"channel": {"type": "kernel", "cid": 7}},  # with a host-port listener
         {"channel": {"type": "hybrid", "path": "vsock", "uid": 0}},
@@ -185,6 +187,7 @@ def test_a_cid_belongs_to_one_vm(host: RelayHost, control: Control) -> None:
             "secret": SECRET,
             "owner": 0,
             "channel": channel,
+            "start_timeout": 5,
             "fds": [],
         }
         return control.call("add", **order).get("ok")

@@ -37,7 +37,7 @@ def images(tmp_path: Path) -> Path:
 def test_records_survive_and_half_written_ones_do_not_count(tmp_path: Path) -> None:
     record.save_record(RECORD, tmp_path)
     assert stat.S_IMODE((tmp_path / "banking.json").stat().st_mode) == 0o600
-    (tmp_path / "work.new").write_text('{"name": ')
+    (tmp_path / ".work.json.new").write_text('{"name": ')
     assert record.load_records(tmp_path) == {"banking": RECORD}
     record.forget_record("banking", tmp_path)
     record.forget_record("banking", tmp_path)
@@ -89,6 +89,18 @@ def test_all_boot_files_are_of_one_version(images: Path) -> None:
     link.symlink_to("two")
     assert {path.read_text().split()[0] for path in (files.kernel, files.root)} == {"one"}
     assert image.find_boot_files(BootChoice("default"), images).version == "two"
+
+
+def test_a_start_keeps_its_version_when_another_becomes_current(images: Path) -> None:
+    pinned = image.pin_version(BootChoice("default", initramfs="/own"), images)
+    link = images / "default" / "current"
+    link.unlink()
+    link.symlink_to("two")
+    files = image.find_boot_files(pinned, images)
+    assert files.version == "one"
+    assert files.root.read_text().split()[0] == "one"
+    own = BootChoice("gone", kernel="/k", root_disk="/d")
+    assert image.pin_version(own, images) == own
 
 
 def test_the_guests_user_is_the_manifests(images: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from gi.repository import Gio, GLib
@@ -89,6 +89,48 @@ def test_two_callers_of_one_job_both_hear_its_end(bus: str) -> None:
             con.close_sync(None)
         finally:
             manager.kill()
+
+
+class Subscriptions:
+    """Of a connection: the handlers by member."""
+
+    def __init__(self) -> None:
+        self.handlers: dict[str, Any] = {}
+
+    def signal_subscribe(self, _name: str, _interface: str, member: str, *rest: Any) -> int:
+        self.handlers[member] = rest[-1]
+        return 1
+
+    def tell(self, unit: str, **properties: Any) -> None:
+        values = {
+            key: GLib.Variant("s" if isinstance(value, str) else "t", value)
+            for key, value in properties.items()
+        }
+        args = GLib.Variant("(sa{sv}as)", (systemd.UNIT, values, []))
+        self.handlers["PropertiesChanged"](None, None, systemd.unit_path(unit), None, None, args)
+
+
+def test_a_signal_that_says_nothing_new_of_a_unit_is_passed_over() -> None:
+    """systemd sends one whenever a guest has its status text changed."""
+    told: list[str] = []
+    con = Subscriptions()
+    client = systemd.Systemd(con, told.append)
+    state = {
+        "ActiveState": "active",
+        "SubState": "running",
+        "InvocationID": "x",
+        "StateChangeTimestampMonotonic": 1,
+    }
+    con.tell("a.service", **state)
+    assert told == []
+    client.follow("a.service")
+    con.tell("a.service", **state)
+    con.tell("a.service", **state)
+    assert told == ["a.service"]
+    con.tell("a.service", **state | {"StateChangeTimestampMonotonic": 2})
+    con.tell("a.service", ActiveState="active")  # not all of it: who knows
+    con.tell("a.service", ActiveState="active")
+    assert told == ["a.service"] * 4
 
 
 def test_unit_paths_are_encoded_as_systemd_does() -> None:

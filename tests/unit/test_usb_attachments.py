@@ -9,11 +9,9 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
-
-pytest.importorskip("gi", reason="needs python3-gi")
-
+from main_loop import run
 from qmp_server import QmpServer
-from usb_desk import Desk, run
+from usb_desk import Desk
 from usb_tree import AUDIO, HUB, STORAGE, Plugged
 from vmsilod import loop
 from vmsilod.errors import BadRequest, Busy, NotRunning, VmsiloError

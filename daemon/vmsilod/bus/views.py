@@ -5,7 +5,7 @@ The lifecycle implements Domain; the bus package sees nothing else of vmsilod. V
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
@@ -326,8 +326,8 @@ def pack_usb(view: UsbView) -> dict[str, GLib.Variant]:
     return {name: _pack(kind, getattr(view, field)) for name, (kind, field) in _USB_PROPERTIES.items()}
 
 
-def pack_properties(view: VmView) -> dict[str, GLib.Variant]:
-    return {name: _pack(kind, getattr(view, field)) for name, (kind, field) in _PROPERTIES.items()}
+def pack_properties(view: VmView, names: Iterable[str] = _PROPERTIES) -> dict[str, GLib.Variant]:
+    return {name: _pack(kind, getattr(view, field)) for name in names for kind, field in [_PROPERTIES[name]]}
 
 
 def find_changes(old: VmView, new: VmView) -> list[str]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from vmsilod.errors import Failed
 from vmsilod.resources.record import STATE_DIR
+from vmsilod.state_file import save_json, temporary_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,16 +38,7 @@ class DisposableRecord:
 
 
 def save_record(record: DisposableRecord, directory: Path = DIRECTORY) -> None:
-    path = directory / f"{record.name}.json"
-    temporary = path.with_suffix(".new")
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with open(fd, "w") as file:  # noqa: PTH123 - a descriptor, not a path
-            json.dump(asdict(record), file)
-        temporary.rename(path)
-    except OSError as error:
-        raise Failed(f"cannot write {path}: {error.strerror}") from error
+    save_json(directory / f"{record.name}.json", asdict(record))
 
 
 def load_records(directory: Path = DIRECTORY) -> list[DisposableRecord]:
@@ -66,8 +57,8 @@ def load_records(directory: Path = DIRECTORY) -> list[DisposableRecord]:
 
 
 def forget_record(name: str, directory: Path = DIRECTORY) -> None:
-    for suffix in (".json", ".new"):
-        path = directory / f"{name}{suffix}"
+    record = directory / f"{name}.json"
+    for path in (record, temporary_of(record)):
         try:
             path.unlink(missing_ok=True)
         except OSError as error:

@@ -56,8 +56,8 @@ class HugepageImages:
         self._repaired = False
 
     async def lease(self, vm: Vm, config: VmConfig, request: Request) -> Request:
-        """The request, with the image's root in huge pages if the configuration asks for that: pinned to one
-        version, its descriptor the caller's to close.
+        """The request, with the image's root in huge pages if the configuration asks for that: the
+        descriptor is the caller's to close.
         """
         options = config.image_options
         if not options.hugepages or config.root_disk is not None or not config.root_disk_readonly:
@@ -76,8 +76,7 @@ class HugepageImages:
             return request
         finally:
             self._show(vm, "")
-        boot = dataclasses.replace(request.boot, version=source.version)
-        return dataclasses.replace(request, boot=boot, huge_root=fd)
+        return dataclasses.replace(request, huge_root=fd)
 
     async def _open(self, source: Source) -> int:
         await self._mount()

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from vmsilod.errors import Failed
+from vmsilod.state_file import save_json
 
 log = logging.getLogger(__name__)
 
@@ -67,12 +66,4 @@ class Ledger:
         self._save(entries)
 
     def _save(self, entries: dict[tuple[str, str], Entry]) -> None:
-        temporary = self._path.with_name(f".{self._path.name}.new")
-        try:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            with open(fd, "w") as file:  # noqa: PTH123 - a descriptor, not a path
-                json.dump([asdict(entry) for entry in entries.values()], file)
-            temporary.rename(self._path)
-        except OSError as error:
-            raise Failed(f"cannot write {self._path}: {error.strerror}") from error
+        save_json(self._path, [asdict(entry) for entry in entries.values()])

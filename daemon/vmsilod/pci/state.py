@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from vmsilod.errors import Failed
+from vmsilod.state_file import save_json
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +58,4 @@ def load_state(path: Path = STATE_FILE, boot_id: Path = BOOT_ID) -> State:
 
 
 def save_state(state: State, path: Path = STATE_FILE) -> None:
-    temporary = path.with_suffix(".new")
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with open(fd, "w") as file:  # noqa: PTH123 - a descriptor, not a path
-            json.dump(asdict(state), file)
-        temporary.rename(path)
-    except OSError as error:
-        raise Failed(f"cannot write {path}: {error.strerror}") from error
+    save_json(path, asdict(state))

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vmsilod.config.disks import OVERLAY_SERIAL, PERSIST_SERIAL, AdditionalDisk, parse_size
+from vmsilod.config.disks import CRYPT_SERIAL, OVERLAY_SERIAL, PERSIST_SERIAL, AdditionalDisk, parse_size
 from vmsilod.errors import StartFailed
 from vmsilod.resources import filesystems, image, vhost_user
 from vmsilod.resources.disk_format import Format, check_format
+from vmsilod.resources.disk_keys import refuse_loop_device
 from vmsilod.resources.paths import open_safely
 
 if TYPE_CHECKING:
@@ -32,9 +33,12 @@ PERSIST_DIR = Path("/var/lib/vmsilo/persist")
 
 @dataclass(frozen=True)
 class DiskRequest:
-    """What a VM's configuration wants. `overlay_size` in bytes, None: the overlay is in its memory."""
+    """What a VM's configuration wants. `overlay_size` in bytes, None: the overlay is in its memory.
+    `encrypted`: by its guest, which makes the overlay's file system, too.
+    """
 
     overlay_size: int | None = None
+    encrypted: bool = False
     persist_size: int | None = None
     additional: tuple[AdditionalDisk, ...] = ()
 
@@ -67,24 +71,27 @@ class OpenDisk:
 def open_disks(name: str, wanted: DiskRequest, vmm: Vmm) -> Iterator[OpenDisk]:
     """One after the other, so that the caller keeps each before the next can fail."""
     if wanted.overlay_size is not None:
-        yield make_overlay(wanted.overlay_size, vmm)
+        yield make_overlay(wanted.overlay_size, vmm, encrypted=wanted.encrypted)
     if wanted.persist_size is not None:
         yield open_persist(name, wanted.persist_size, vmm)
     for disk in wanted.additional:
         yield open_additional(disk, vmm)
 
 
-def make_overlay(size: int, vmm: Vmm, directory: Path = OVERLAYS_DIR) -> OpenDisk:
+def make_overlay(
+    size: int, vmm: Vmm, directory: Path = OVERLAYS_DIR, *, encrypted: bool = False
+) -> OpenDisk:
     title = "the overlay of the root"
     filesystems.make_directory(directory)
     fd = filesystems.create_nameless(directory, size, title)
     try:
-        filesystems.make_ephemeral(fd, size, "overlay", title)
+        if not encrypted:
+            filesystems.make_ephemeral(fd, size, "overlay", title)
         _hand_over(fd, vmm, title)
     except BaseException:
         os.close(fd)
         raise
-    return OpenDisk(fd, OVERLAY_SERIAL, title, lock=False)
+    return OpenDisk(fd, CRYPT_SERIAL if encrypted else OVERLAY_SERIAL, title, lock=False)
 
 
 def find_persist(name: str, directory: Path = PERSIST_DIR) -> Path:
@@ -118,6 +125,8 @@ def open_additional(disk: AdditionalDisk, vmm: Vmm) -> OpenDisk:
     try:
         if stat.S_ISBLK(os.fstat(fd).st_mode):
             fd = _claim_block_device(fd, title, writable=not disk.ro)
+        else:
+            refuse_loop_device(fd, title, writable=not disk.ro)
         if disk.ro:
             refuse_writable(fd, title, vmm.gid)
         if vmm.opens_as is not None:
@@ -136,6 +145,8 @@ def open_root(path: Path, gid: int, *, writable: bool) -> int:
     try:
         if stat.S_ISBLK(os.fstat(fd).st_mode):
             fd = _claim_block_device(fd, title, writable=writable)
+        else:
+            refuse_loop_device(fd, title, writable=writable)
         if not writable:
             refuse_writable(fd, title, gid)
     except BaseException:
@@ -223,17 +234,6 @@ def _claim_block_device(fd: int, title: str, *, writable: bool) -> int:
         return fd
     os.close(fd)
     return exclusive
-
-
-def key_of(fd: int) -> str:
-    """What tells one disk from another, whatever path led to it."""
-    return key_of_status(os.fstat(fd))
-
-
-def key_of_status(status: os.stat_result) -> str:
-    if stat.S_ISBLK(status.st_mode):
-        return f"block:{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
-    return f"file:{status.st_dev}:{status.st_ino}"
 
 
 def lock_disks(disks: Sequence[OpenDisk]) -> None:

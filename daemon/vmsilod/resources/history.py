@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from vmsilod.errors import Failed
 from vmsilod.resources.record import STATE_DIR
+from vmsilod.state_file import save_json
 from vmsilod.vmm.outcome import Outcome, OutcomeKind
 
 if TYPE_CHECKING:
@@ -45,19 +45,14 @@ EMPTY = History()
 def save_history(name: str, history: History, directory: Path = STATE_DIR) -> None:
     """An empty one has no file."""
     path = directory / f"{name}.history"
-    temporary = path.with_suffix(".new-history")
-    try:
-        if history == EMPTY:
+    if history == EMPTY:
+        try:
             path.unlink(missing_ok=True)
-            return
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with open(fd, "w") as file:  # noqa: PTH123 - a descriptor, not a path
-            last = history.last and {**asdict(history.last), "kind": history.last.kind.value}
-            json.dump({**asdict(history), "last": last}, file)
-        temporary.rename(path)
-    except OSError as error:
-        raise Failed(f"cannot write {path}: {error.strerror}") from error
+        except OSError as error:
+            raise Failed(f"cannot remove {path}: {error.strerror}") from error
+        return
+    last = history.last and {**asdict(history.last), "kind": history.last.kind.value}
+    save_json(path, {**asdict(history), "last": last})
 
 
 def load_histories(directory: Path = STATE_DIR) -> dict[str, History]:

@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,8 @@ class BootFiles:
     uid: int = 1000  # and their number
     disks: bool = False
     """Its initrd is the image's, which says that it finds overlay and kept paths on disks."""
+    crypt: bool = False
+    """And that it encrypts the overlay."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class BootChoice:
 
 
 def find_boot_files(choice: BootChoice, images: Path = IMAGES_DIR) -> BootFiles:
-    """Resolve the image's current version once, so that a switch during a start cannot mix two versions."""
+    """Raises StartFailed where there is none. `current` is read once, so that one answer has one version."""
     needs_image = not (choice.kernel and choice.root_disk)
     base = Path()
     manifest: dict[str, Any] = {}
@@ -80,6 +82,7 @@ def find_boot_files(choice: BootChoice, images: Path = IMAGES_DIR) -> BootFiles:
     own_kernel = choice.kernel is not None
     all_of_image = not (choice.kernel or choice.initramfs or choice.root_disk)
     initrd = Path(choice.initramfs) if choice.initramfs else (None if own_kernel else base / "initrd")
+    disks = not (own_kernel or choice.initramfs) and manifest.get("disks") is True
     return BootFiles(
         kernel=Path(choice.kernel) if choice.kernel else base / "vmlinuz",
         initrd=initrd,
@@ -89,8 +92,17 @@ def find_boot_files(choice: BootChoice, images: Path = IMAGES_DIR) -> BootFiles:
         login=login,
         folder=base if needs_image else None,
         uid=uid,
-        disks=not (own_kernel or choice.initramfs) and manifest.get("disks") is True,
+        disks=disks,
+        crypt=disks and choice.root_disk is None and manifest.get("crypt") is True,
     )
+
+
+def pin_version(choice: BootChoice, images: Path = IMAGES_DIR) -> BootChoice:
+    """With the version that is current now, so that a switch during a start cannot mix two versions. Raises
+    StartFailed where there is none.
+    """
+    files = find_boot_files(choice, images)
+    return choice if files.folder is None else replace(choice, version=files.version)
 
 
 def is_pmem(files: BootFiles, root_fd: int) -> bool:

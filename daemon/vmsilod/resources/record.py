@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from vmsilod.errors import Failed
+from vmsilod.state_file import save_json
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +26,8 @@ class Record:
     `version` that of its image ("" before it has any files, "custom" if none of them is the image's).
     `ran`: the VMM has got as far as running the guest; `stopping`: somebody asked for the end; `hugepages`:
     IMAGE/VERSION of the image that it uses or is about to use in huge pages; `disks`: of each that it has
-    (resources.disks.key_of), whether it writes.
+    (resources.disk_keys.key_of), whether it writes, in the order of the VMM's command line, its root first;
+    `root_pmem`: that is persistent memory and no disk of the VMM's.
     """
 
     name: str
@@ -46,19 +46,11 @@ class Record:
     stopping: bool = False
     hugepages: str = ""
     disks: dict[str, bool] = field(default_factory=dict)
+    root_pmem: bool = False
 
 
 def save_record(record: Record, directory: Path = STATE_DIR) -> None:
-    path = directory / f"{record.name}.json"
-    temporary = path.with_suffix(".new")
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with open(fd, "w") as file:  # noqa: PTH123 - a descriptor, not a path
-            json.dump(asdict(record), file)
-        temporary.rename(path)
-    except OSError as error:
-        raise Failed(f"cannot write {path}: {error.strerror}") from error
+    save_json(directory / f"{record.name}.json", asdict(record))
 
 
 def load_records(directory: Path = STATE_DIR) -> dict[str, Record]:

@@ -90,7 +90,10 @@ Type=notify
 # listening socket, and becomes virtiofsd.
 ExecStart={context.paths.libdir}/bin/vmsilo-share serve {vm.name}
 NotifyAccess=main
-{restart}Slice=vmsilo.slice
+{restart}# The first process of a process namespace (PrivatePIDs=) ignores a SIGTERM that it does not handle,
+# and virtiofsd handles none until it serves. SIGKILL after that loses nothing: the VMM is gone before.
+TimeoutStopSec=2
+Slice=vmsilo.slice
 StandardInput=null
 SyslogIdentifier=vmsilo-{vm.name}-share
 # Every file that the guest knows costs a descriptor.

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vmsilod.errors import Failed
+from vmsilod.state_file import save_json
 from vmsilod.usb.rules import UsbRule
 
 if TYPE_CHECKING:
@@ -75,14 +74,7 @@ def as_content(runs: dict[str, UsbRun]) -> dict[str, Any]:
 
 def save_state(content: dict[str, Any], path: Path = STATE_FILE) -> None:
     """`content` is of as_content."""
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with open(fd, "w") as file:  # noqa: PTH123 - a descriptor, not a path
-            json.dump(content, file)
-        temporary.rename(path)
-    except OSError as error:
-        raise Failed(f"cannot write {path}: {error.strerror}") from error
+    save_json(path, content)
 
 
 def load_state(path: Path = STATE_FILE) -> dict[str, UsbRun]:

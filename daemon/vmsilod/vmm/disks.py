@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vmsilod.vmm.launch import DiskDevice, Leases, PassedFds
 
 OVERLAY_SERIAL = "vmsilo-overlay"
+CRYPT_SERIAL = "vmsilo-crypt"  # an overlay that the guest formats behind a key of its own
 _SERIAL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,19}")
 
 

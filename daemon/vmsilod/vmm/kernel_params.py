@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vmsilod.vmm.disks import OVERLAY_SERIAL
+from vmsilod.vmm.disks import CRYPT_SERIAL, OVERLAY_SERIAL
 from vmsilod.vmm.errors import BadOptionValue, LaunchRefused
 from vmsilod.vmm.launch import HOST_CID, HOST_PORT, Console
 
@@ -67,7 +67,8 @@ def _root_params(root: Disk | None) -> tuple[str, ...]:
 
 def _overlay_params(leases: Leases) -> tuple[str, ...]:
     # Without a word an image's init makes one in the guest's memory.
-    return ("vmsilo.overlay=disk",) if any(disk.serial == OVERLAY_SERIAL for disk in leases.disks) else ()
+    words = {OVERLAY_SERIAL: "vmsilo.overlay=disk", CRYPT_SERIAL: "vmsilo.overlay=crypt"}
+    return tuple(words[disk.serial] for disk in leases.disks if disk.serial in words)
 
 
 def _hotplug_params(vm: VmShape) -> tuple[str, ...]:

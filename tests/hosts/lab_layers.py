@@ -65,9 +65,9 @@ class LabParts:
     key: Path
 
 
-def make_lab(*, bench: bool = False) -> LabParts:
-    """All layers. Downloads about 350 MB and takes about 4 minutes the first time. `bench`: a lab with what
-    the bench compares with, and one image, bench."""
+def make_lab(*, core: bool = False, bench: bool = False) -> LabParts:
+    """All layers. Downloads about 350 MB and takes about 4 minutes the first time. `core`: a lab with the
+    default image alone; `bench`: one with what the bench compares with, and one image, bench."""
     base = make_lab_base(
         LAB_PACKAGES + (BENCH_PACKAGES if bench else []), "benchbase" if bench else "labbase"
     )
@@ -76,9 +76,10 @@ def make_lab(*, bench: bool = False) -> LabParts:
     if bench:
         images = [layers.make_images(base, installed, "bench", BENCH_RECIPE)]
     else:
-        images = [layers.make_images(base, installed, name) for name in ("default", "hardware")]
+        names = ["default"] if core else ["default", "hardware"]
+        images = [layers.make_images(base, installed, name) for name in names]
     key = make_key()
-    disk = make_disk(base, installed, images, f"{prefix}disk")
+    disk = make_disk(base, installed, images, f"{prefix}{'core' if core else ''}disk")
     return LabParts(base / "root", disk / "host.ext4", disk / "vmlinuz", disk / "initrd", key)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from lab import standstill
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,6 +23,16 @@ if TYPE_CHECKING:
 CONFIG = Path("/etc/vmsilo/vms.d")
 IN_LAB = Path("/etc/hostname").read_text().strip() == "lab"
 Result = subprocess.CompletedProcess[str]
+VMMS = {
+    "qemu-microvm": ("qemu-system-x86_64", 'vmm = "qemu"\nqemu.machine = "microvm"\n'),
+    "qemu-q35": ("qemu-system-x86_64", 'vmm = "qemu"\nqemu.machine = "q35"\n'),
+    "crosvm": ("crosvm", 'vmm = "crosvm"\n'),
+    "cloud-hypervisor": ("cloud-hypervisor", 'vmm = "cloud-hypervisor"\n'),
+}
+"""Each VMM: its program, and the lines of a VM's file that choose it."""
+ON_PCI = {name: how for name, how in VMMS.items() if name != "qemu-microvm"}
+"""Those whose devices are on PCI. Networks of microvm are seen in the container host."""
+FOREIGN = {name: how for name, how in VMMS.items() if not name.startswith("qemu")}
 
 if not IN_LAB:
     collect_ignore_glob = ["test_*.py"]
@@ -62,7 +73,7 @@ class Host:
         """
         if "cpus =" not in text:
             text = f"cpus = {min(2, os.cpu_count() or 1)}\n{text}"
-        (CONFIG / f"{name}.toml").write_text(text)
+        write(CONFIG / f"{name}.toml", text)
         self.reload()
 
     def reload(self) -> None:
@@ -105,12 +116,30 @@ class Host:
             self.remove(name)
 
 
+def write(path: Path, text: str) -> None:
+    """Whole at once: vmsilod may read it at any moment."""
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text(text)
+    fresh.rename(path)
+
+
 def require_program(name: str) -> str:
     """Skip, naming what is missing."""
     path = shutil.which(name)
     if path is None:
         pytest.skip(f"{name} is not in PATH")
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _standing_still() -> Iterator[None]:
+    if not standstill.is_emulated():
+        yield
+        return
+    watch = standstill.Watch()
+    watch.start()
+    yield
+    watch.stop()
 
 
 @pytest.fixture(scope="session")

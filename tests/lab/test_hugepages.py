@@ -20,9 +20,9 @@ SYSFS = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 TABLE = (
     'memory = 512\nstart_timeout = 600\nimage = {{hugepages = true, keep = 0, device = "{device}"}}\n{vmm}\n'
 )
+# QEMU's disk in huge pages is seen in the container host.
 WAYS = {
     "qemu-pmem": ("qemu-system-x86_64", 'vmm = "qemu"', "auto", "/dev/pmem0"),
-    "qemu-microvm": ("qemu-system-x86_64", 'vmm = "qemu"\nqemu.machine = "microvm"', "auto", "/dev/vda"),
     "crosvm": ("crosvm", 'vmm = "crosvm"', "auto", "/dev/vda"),
     "cloud-hypervisor-pmem": ("cloud-hypervisor", 'vmm = "cloud-hypervisor"', "auto", "/dev/pmem0"),
     "cloud-hypervisor-disk": ("cloud-hypervisor", 'vmm = "cloud-hypervisor"', "disk", "/dev/vda"),
@@ -52,7 +52,8 @@ def test_guest_boots_from_the_shared_copy_and_cannot_change_it(host: Host, silo:
     (copy,) = PLACE.iterdir()
     assert host.run(f"find /proc/{host.main_pid(name)}/fd -lname {copy}").stdout
     spoil = f"head -c 4096 /dev/urandom | dd of={device} bs=4096 seek=3 conv=notrunc,fsync"
-    host.run(f"vm-run --root {name} sh -c '{spoil}'", check=False)
+    # Under cloud-hypervisor this hangs the guest: its mapping is private, and a copy has no huge page left.
+    host.run(f"timeout -s KILL 40 vm-run --root {name} sh -c '{spoil}'", check=False)
     host.run(f"cmp {copy} /var/lib/vmsilo/images/default/current/root.erofs")
 
 

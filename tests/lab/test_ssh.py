@@ -65,12 +65,3 @@ def test_a_stranger_reaches_sshd_and_no_further(host: Host, vm: str) -> None:
     shown = (home / "known").read_text().split()[1:3]
     assert shown == Path(f"/var/lib/vmsilo/ssh/{vm}/host.pub").read_text().split()[:2]
     shutil.rmtree(home)
-
-
-def test_without_ssh_the_port_is_closed(host: Host) -> None:
-    with host.vm("nologin", "memory = 768\nstart_timeout = 600\nssh = false\n") as name:
-        host.run(f"vm-start --wait {name}", user="user")
-        cid = host.vms()[name]["Cid"]
-        connect = f"import socket; socket.socket(socket.AF_VSOCK).connect(({cid}, 22))"
-        done = host.run(f'python3 -c "{connect}"', check=False)
-        assert "ConnectionResetError" in done.stderr

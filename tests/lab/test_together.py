@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from .conftest import CONFIG, Host
+from .conftest import CONFIG, Host, write
 
 NAMES = ("lab-one", "lab-two", "lab-three")
 STUCK = "lab-three"
@@ -17,7 +17,8 @@ STUCK_DEADLINE = 10
 def define_three(host: Host) -> None:
     for name in NAMES:
         deadline = STUCK_DEADLINE if name == STUCK else 60
-        (CONFIG / f"{name}.toml").write_text(f"memory = 512\ncpus = 1\nstop_timeout = {deadline}\n")
+        text = f"memory = 512\ncpus = 1\nstart_timeout = 900\nstop_timeout = {deadline}\n"
+        write(CONFIG / f"{name}.toml", text)
     host.reload()
 
 
@@ -43,7 +44,7 @@ def test_three_vms_at_once(host: Host) -> None:
         )
         for name in NAMES
     ]
-    said = [start.communicate(timeout=400) for start in starts]
+    said = [start.communicate(timeout=960) for start in starts]
     assert [output.strip() for output, _ in said] == list(NAMES), said
     uids = {host.read(f"stat -c %u /proc/{host.main_pid(name)}") for name in NAMES}
     assert len(uids) == 3

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from .conftest import VMMS as ALL
 from .conftest import require_program
 
 if TYPE_CHECKING:
@@ -18,11 +19,7 @@ if TYPE_CHECKING:
 
     from .conftest import Host
 
-VMMS = {
-    "crosvm": ("crosvm", 'vmm = "crosvm"\n'),
-    "qemu-microvm": ("qemu-system-x86_64", 'vmm = "qemu"\nqemu.machine = "microvm"\n'),
-    "qemu-q35": ("qemu-system-x86_64", 'vmm = "qemu"\nqemu.machine = "q35"\n'),
-}
+VMMS = {name: how for name, how in ALL.items() if name != "cloud-hypervisor"}  # that has a file of its own
 RESULTS = Path("/root/results/timings.json")
 CAP_FIELDS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 
@@ -42,7 +39,7 @@ def vmm(request: pytest.FixtureRequest, host: Host) -> Iterator[str]:
     """A VM that its first command started cold."""
     binary, text = VMMS[request.param]
     require_program(binary)
-    with host.vm("lab-vmm", f"memory = 640\n{text}") as name:
+    with host.vm("lab-vmm", f"memory = 640\nstart_timeout = 900\nssh = false\n{text}") as name:
         begin = time.monotonic()
         assert host.vm_run(name, "uname", "-s").stdout == "Linux\n"
         cold = time.monotonic() - begin
@@ -69,6 +66,21 @@ def test_warm_commands_carry_bytes_both_ways(vmm: str, host: Host) -> None:
     assert host.vm_run("lab-vmm", "wc", "-c", input=megabyte).stdout.split() == [str(1 << 20)]
     assert len(host.vm_run("lab-vmm", "head", "-c", str(4 << 20), "/dev/zero").stdout) == 4 << 20
     assert host.vm_run("lab-vmm", "sh", "-c", "exit 7", check=False).returncode == 7
+
+
+def test_without_an_interface_a_vm_is_offline(vmm: str, host: Host) -> None:
+    assert host.vm_run("lab-vmm", "ls", "/sys/class/net").stdout.split() == ["lo"]
+    own = host.read("hostname -I").split()[0]
+    refused = host.vm_run("lab-vmm", "busybox", "nc", own, "22", check=False)
+    assert "unreachable" in refused.stderr
+    assert host.vms()["lab-vmm"]["State"] == "running"
+    pid = host.main_pid("lab-vmm")
+    assert "/dev/net/tun" not in host.read(f"ls -l /proc/{pid}/fd")
+
+
+def test_without_ssh_the_port_is_closed(vmm: str, host: Host) -> None:
+    connect = f"import socket; socket.socket(socket.AF_VSOCK).connect(({host.vms()['lab-vmm']['Cid']}, 22))"
+    assert "ConnectionResetError" in host.run(f'python3 -c "{connect}"', check=False).stderr
 
 
 def test_kernel_reports_an_unprivileged_vmm(vmm: str, host: Host) -> None:
@@ -114,5 +126,6 @@ def test_stop_is_graceful(vmm: str, host: Host) -> None:
     host.run("vm-stop lab-vmm", user="user")
     record_timing(vmm=vmm, stop=time.monotonic() - begin)
     assert host.read("systemctl show -P Result vmsilo-lab-vmm-vm") == "success"
-    assert host.vms()["lab-vmm"]["State"] == "stopped"
+    vm = host.vms()["lab-vmm"]
+    assert (vm["State"], vm["LastOutcome"]) == ("stopped", "stopped")
     assert "did not shut down" not in host.journal("lab-vmm")

@@ -44,8 +44,9 @@ def test_the_user_is_logged_in_on_the_console(demo: Container) -> None:
         assert terminal.wait() == 0
     with shell(demo) as terminal:
         terminal.read_until(b"uid=1000(user)")  # what was shown before, and the shell is the same
-        terminal.type(b"exit\r")
+        terminal.read_until(b"dumb done\r\n" + PROMPT)
         terminal.shown = b""
+        terminal.type(b"exit\r")
         terminal.read_until(PROMPT, seconds=LOGIN_SECONDS)  # the next login
         terminal.type(b"\x1d")
         assert terminal.wait() == 0

@@ -48,8 +48,9 @@ def test_a_hostile_guest_gets_nothing_but_its_directory(site: Site) -> None:
     try:
         host.run("systemctl daemon-reload; systemctl start hostile.service", check=False)
         said = host.run("journalctl --sync; journalctl -o cat -u hostile.service").stdout
-        (line,) = [line for line in said.splitlines() if line.startswith("FOUND ")]
-        found = json.loads(line.removeprefix("FOUND "))
+        found_lines = [line for line in said.splitlines() if line.startswith("FOUND ")]
+        assert len(found_lines) == 1, said
+        found = json.loads(found_lines[0].removeprefix("FOUND "))
         assert found["use"] == {"create": 0, "rename": 0, "link": 0, "open": 0}
         refused = {-errno.EACCES, -errno.EROFS, -errno.EPERM, -errno.ENOENT, -errno.EXDEV}
         attack = found["attack"]

@@ -34,9 +34,8 @@ class Guest:
         self._kicks = [os.eventfd(0), os.eventfd(0)]
         self._calls = [os.eventfd(0), os.eventfd(0)]
         self._asked = 0
-        for request in (1, 15):  # features, and those of the protocol
-            self._send(request)
-            self._sock.recv(20)
+        self._get(1)  # features
+        self._get(15)  # those of the protocol
         self._send(3)  # owner
         self._send(2, struct.pack("<Q", 1 << 32 | 1 << 30))
         self._send(16, struct.pack("<Q", 0))
@@ -49,10 +48,16 @@ class Guest:
             self._send(13, struct.pack("<Q", index), self._calls[index])
             self._send(12, struct.pack("<Q", index), self._kicks[index])
             self._send(18, struct.pack("<II", index, 1))
+        self._get(1)  # all is done: a kick before its queue is enabled would be lost
         self.ask(INIT, 0, struct.pack("<IIII", 7, 31, 65536, 0) + b"\0" * 48)
 
     def _send(self, request: int, payload: bytes = b"", *fds: int) -> None:
         socket.send_fds(self._sock, [struct.pack("<III", request, 1, len(payload)) + payload], fds)
+
+    def _get(self, request: int) -> None:
+        """Of a question, which is answered after all that was said before."""
+        self._send(request)
+        self._sock.recv(20)
 
     def ask(self, operation: int, node: int, body: bytes = b"") -> tuple[int, bytes]:
         """Error (negative) or 0, and the answer."""

@@ -129,7 +129,8 @@ class Endings:
         """
         if self._history(vm.name).invocation == invocation:
             return
-        vm.last = KILLED if vm.killing else Outcome(OutcomeKind.START_FAILED, error.message, error.hint)
+        killed = vm.killing == invocation
+        vm.last = KILLED if killed else Outcome(OutcomeKind.START_FAILED, error.message, error.hint)
         await self._save(vm.name, last=vm.last, invocation=invocation)
 
     def watch(self, vm: Vm) -> None:
@@ -158,6 +159,10 @@ class Endings:
             vm.record = dataclasses.replace(vm.record, stopping=True)
             await loop.in_worker(records.save_record, vm.record)
 
+    def find_told(self, vm: Vm) -> str:
+        """The invocation of its last run whose end has been told, "" if there is none."""
+        return self._history(vm.name).invocation
+
     async def tell(self, vm: Vm) -> None:
         """Once for each run that has ended, while its record is still there."""
         unit, record = vm.unit, vm.record
@@ -167,7 +172,7 @@ class Endings:
             return
         if record is not None and record.invocation != invocation:
             return  # systemd has a later run, which is told by itself, in this one's place
-        vm.last = outcome = explain(vm, unit)
+        vm.last = outcome = explain(vm, unit, killed=vm.killing == invocation)
         now = clock()
         decision = self._decide(vm, outcome, history, now)
         self._log(vm, outcome, decision.message)
@@ -284,10 +289,10 @@ def clock() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-def explain(vm: Vm, unit: UnitState) -> Outcome:
+def explain(vm: Vm, unit: UnitState, *, killed: bool) -> Outcome:
     """How the run ended that systemd tells of."""
     record = vm.record
-    if vm.killing:
+    if killed:
         return KILLED
     if vm.lost_share:
         return Outcome(OutcomeKind.CRASH, vm.lost_share, f"journalctl -t vmsilo-{vm.name}-share")

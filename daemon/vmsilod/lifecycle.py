@@ -8,10 +8,8 @@ can be killed at any moment and go on from there.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import signal
 import time
 from concurrent.futures import Future
 from functools import partial
@@ -23,6 +21,7 @@ from vmsilod.disks import Disks
 from vmsilod.errors import Busy, ConfigBroken, Denied, Failed, NotRunning, StartFailed, Timeout, VmsiloError
 from vmsilod.host import find_uid
 from vmsilod.hotplug import attach_interface, detach_interface, find_detached
+from vmsilod.killing import end_run
 from vmsilod.memory import read_memory, resize_memory
 from vmsilod.spawning import send_frame, spawn_frame
 from vmsilod.systemd import INACTIVE
@@ -91,12 +90,10 @@ class Lifecycle:
         if vm.config is None and not vm.is_up:
             raise ConfigBroken(f"VM '{name}' is disabled: {'; '.join(vm.problems)}", "vmsilo check")
         await self._endings.cancel(vm)
-        before = vm.last
+        told = self._endings.find_told(vm)
         result = await self._systemd.start(vm.service)
         await self._refresh(vm)
-        if result != "done":
-            reason = (vm.last_result if vm.last is not before else "") or f"systemd says '{result}'"
-            raise StartFailed(f"VM '{name}' failed to start: {reason}", f"journalctl -u {vm.service}")
+        self._check_start(vm, vm.service, result, told)
         if wait:
             await self._await_ready(vm)
 
@@ -127,29 +124,14 @@ class Lifecycle:
         settled too.
         """
         await self._end(name, DISCARD_SECONDS)
-        await self._settle(self._registry.require(name))
 
     async def _end(self, name: str, grace: float) -> None:
         vm = self._registry.require(name)
         await self._endings.cancel(vm)
-        unit = vm.debug_service if vm.debug else vm.service
-        if not (await self._systemd.state(unit)).is_up:
-            return
-        vm.killing = True
-        await self._endings.mark_stopping(vm)
         try:
-            stopped = loop.spawn(self._systemd.stop(unit))
-            with contextlib.suppress(TimeoutError):
-                await loop.with_deadline(stopped, grace)
-            try:
-                if not stopped.done():
-                    await self._systemd.kill(unit, signal.SIGKILL)
-            except VmsiloError as error:
-                log.info("VM %s: %s", name, error)  # it ended between the two calls
-            await loop.wait_for(stopped)
+            await end_run(self._systemd, self._endings, vm, grace)
             await self._settle(vm)
         finally:
-            vm.killing = False
             await self._endings.cancel(vm)
 
     async def restart(self, name: str, timeout: int | None) -> None:
@@ -236,7 +218,7 @@ class Lifecycle:
         finally:
             closing.close_later(f"terminal of {name}", fds)
         vm.debug = True
-        before = vm.last
+        told = self._endings.find_told(vm)
         await self._endings.cancel(vm)
         result = "failed"
         try:
@@ -246,9 +228,7 @@ class Lifecycle:
             await self._refresh(vm)
             if result != "done":
                 await self._restore_socket(vm)
-        if result != "done":
-            reason = (vm.last_result if vm.last is not before else "") or f"systemd says '{result}'"
-            raise StartFailed(f"VM '{name}' failed to start: {reason}", f"journalctl -u {vm.debug_service}")
+        self._check_start(vm, vm.debug_service, result, told)
         return vm.debug_service
 
     # What happens by itself
@@ -262,8 +242,7 @@ class Lifecycle:
         if vm.name in self._refreshing:
             self._stale.add(vm.name)
         else:
-            # Nobody waits for it, and systemd says each change once.
-            loop.spawn(loop.insist(partial(self._refresh, vm), REFRESH_AGAIN, f"VM {vm.name}"))
+            self._refresh_later(vm)
 
     def relay_event(self, event: dict[str, Any]) -> None:
         """The guest of a VM said something to the relay, which has checked it."""
@@ -323,6 +302,17 @@ class Lifecycle:
 
     async def _refresh(self, vm: Vm) -> None:
         """Take over what systemd says now; when a run has ended, explain it and give back its leases."""
+        try:
+            await self._catch_up(vm)
+        except VmsiloError:
+            self._refresh_later(vm)
+            raise
+
+    def _refresh_later(self, vm: Vm) -> None:
+        """Nobody waits for it, and systemd says each change once."""
+        loop.spawn(loop.insist(partial(self._catch_up, vm), REFRESH_AGAIN, f"VM {vm.name}"))
+
+    async def _catch_up(self, vm: Vm) -> None:
         self._refreshing.add(vm.name)
         try:
             again = True
@@ -338,7 +328,8 @@ class Lifecycle:
         vm.unit = await self._systemd.state(vm.debug_service if vm.debug else vm.service)
         if not vm.is_up and (vm.record is not None or vm.unit.active == "failed"):
             await self._endings.tell(vm)
-        killed, debug = vm.killing and not vm.is_up, False
+        run = vm.unit.invocation or (vm.record.invocation if vm.record is not None else "")
+        killed, debug = not vm.is_up and bool(run) and vm.killing == run, False
         if not vm.is_up and vm.record is not None:
             debug = vm.debug
             await self._runs.release(vm)
@@ -352,6 +343,14 @@ class Lifecycle:
         if was_up and not vm.is_up and not vm.is_instance:  # an instance goes, or its keeper says why not
             await self._publication.publish_stopped(vm)
             self.configuration_applied()
+
+    def _check_start(self, vm: Vm, unit: str, result: str, told: str) -> None:
+        """`told` is what find_told said before the start. StartFailed unless it is done."""
+        if result != "done":
+            reason = (vm.last_result if self._endings.find_told(vm) != told else "") or (
+                f"systemd says '{result}'"
+            )
+            raise StartFailed(f"VM '{vm.name}' failed to start: {reason}", f"journalctl -u {unit}")
 
     async def _settle(self, vm: Vm) -> None:
         """After a stop: return only when the leases are back and the state says so."""

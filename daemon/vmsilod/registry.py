@@ -46,7 +46,7 @@ class Vm:
         None  # vhost-vsock descriptor that reserves the CID until the relay has forgotten it
     )
     vmm: Literal["crosvm", "qemu", "cloud-hypervisor"] | None = None  # what its unit was written for
-    killing: bool = False
+    killing: str = ""  # the invocation that somebody wants to end at once
     lost_share: str = ""  # what ended of its own, without which the VM cannot go on
     stop_deadline: float | None = None
     lock: Lock = field(default_factory=Lock)

@@ -217,7 +217,8 @@ class Runs:
         result = await self._systemd.start_bound(unit)
         if result != "done":
             raise StartFailed(f"the vsock device of VM '{vm.name}' did not start", f"journalctl -u {unit}")
-        if vm.killing:  # it is gone already
+        assert vm.record is not None
+        if vm.killing == vm.record.invocation:  # it is gone already
             raise StartFailed(f"VM '{vm.name}' was killed while it started")
         await loop.in_worker(preparation.await_socket, acquired.rundir / "vsock" / "vhost")
 
@@ -250,7 +251,7 @@ class Runs:
         vm = self._registry.require(peer.name)
         if (await self._systemd.state(peer.unit)).active != "deactivating":
             raise BadRequest(f"unit {peer.unit} is not stopping")
-        if vm.record is None or vm.killing:
+        if vm.record is None or vm.killing == vm.record.invocation:
             return {"ok": True, "force": True}
         await self._endings.mark_stopping(vm)
         asked = await self._ask_agent(vm) or await self._press_power_button(vm)

@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import socket
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vmsilod import loop
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LOOK_AGAIN = (1.0, 5.0, 25.0)  # seconds; systemd says each change once
 SETTLE_SECONDS = 1.0  # systemd tells of the end of virtiofsd before that of the VMM, which it follows
 
 
@@ -159,6 +161,7 @@ class Shares:
         units = units_of(vm.started, vm.record.unit)
         for unit in units:
             self._vm_of.pop(unit, None)
+            self._systemd.unfollow(unit)
             listener = self._unasked.pop(unit, None)
             if listener is not None:
                 os.close(listener)
@@ -181,7 +184,7 @@ class Shares:
         units = units_of(vm.started, vm.record.unit)
         self._follow(vm, units)
         for unit in units:
-            loop.spawn(self._look(unit))
+            self._look_later(unit)
 
     def _follow(self, vm: Vm, units: Iterable[str]) -> None:
         for unit in units:
@@ -190,7 +193,10 @@ class Shares:
 
     def unit_changed(self, unit: str) -> None:
         if unit in self._vm_of:
-            loop.spawn(self._look(unit))
+            self._look_later(unit)
+
+    def _look_later(self, unit: str) -> None:
+        loop.spawn(loop.insist(partial(self._look, unit), LOOK_AGAIN, unit))
 
     async def _look(self, unit: str) -> None:
         state = await self._systemd.state(unit)

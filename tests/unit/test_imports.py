@@ -49,7 +49,7 @@ LAYERS = (
         *("vmsilod.spawning", "vmsilod.ssh_login", "vmsilod.vm_view", "vmsilod.publication"),
         "vmsilod.endings",
     },
-    {"vmsilod.usb", "vmsilod.hotplug", "vmsilod.disks"},
+    {"vmsilod.usb", "vmsilod.hotplug", "vmsilod.disks", "vmsilod.killing"},
     {"vmsilod.holders", "vmsilod.forwards", "vmsilod.shares"},
     {"vmsilod.runs"},
     {"vmsilod.lifecycle"},

@@ -108,3 +108,19 @@ def test_an_end_that_systemd_says_once_is_asked_about_until_it_answers(
 
     run(go())
     assert registry.require("box").record is None
+
+
+def test_what_somebody_waited_for_in_vain_is_caught_up_with(
+    lifecycle: Lifecycle, registry: Registry, systemd: Systemd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal that told of the end came while the refresh was under way, and there is no other."""
+    monkeypatch.setattr("vmsilod.lifecycle.REFRESH_AGAIN", (0.05, 5.0))
+
+    async def go() -> None:
+        with pytest.raises(Failed, match="does not answer"):
+            await lifecycle.discard("box")
+        systemd.answers = True
+        await loop.after(0.2)
+
+    run(go())
+    assert registry.require("box").record is None

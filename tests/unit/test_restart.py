@@ -127,7 +127,7 @@ CROSVM_STOPPING = Record("a", "u", "i", vmm="crosvm", launched=True, stopping=Tr
     ],
 )
 def test_explain(record: Record | None, unit: UnitState, code: str) -> None:
-    found = explain(Vm("a", record=record), unit)
+    found = explain(Vm("a", record=record), unit, killed=False)
     assert found.kind.value == code
     assert found.text
     assert "\n" not in found.text
@@ -135,8 +135,9 @@ def test_explain(record: Record | None, unit: UnitState, code: str) -> None:
 
 
 def test_killed_on_request_comes_first() -> None:
-    vm = Vm("a", record=RAN, killing=True)
-    assert explain(vm, killed(signal.SIGKILL, "oom-kill")).kind is OutcomeKind.KILLED_ON_REQUEST
+    vm = Vm("a", record=RAN)
+    outcome = explain(vm, killed(signal.SIGKILL, "oom-kill"), killed=True)
+    assert outcome.kind is OutcomeKind.KILLED_ON_REQUEST
 
 
 def test_a_wished_end_leaves_no_text() -> None:

@@ -25,11 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Claim:
-    """`keys`: its own first, then those of the disks that it has bytes in common with."""
+    """`keys`: its own first, then those of the disks that it has bytes in common with; `backing`: the one
+    that it has all of, as a loop device has its file.
+    """
 
     keys: tuple[str, ...]
     writes: bool
     title: str
+    backing: str = ""
 
 
 async def hold_disks(
@@ -41,7 +44,8 @@ async def hold_disks(
     refuse_twice(vm.name, claims)
     refuse_conflicts(vm.name, claims, find_holders(registry))
     held = {claim.keys[0]: claim.writes for claim in claims}
-    vm.record = replace(vm.record, disks=held, root_pmem=root_pmem)
+    backings = {claim.backing: claim.writes for claim in claims if claim.backing}
+    vm.record = replace(vm.record, disks=held, backings=backings, root_pmem=root_pmem)
     if root_writable:
         await loop.in_patient_worker(
             partial(disks.lock_file, acquired.root_fd, "the root disk", writable=True)
@@ -55,20 +59,25 @@ def _make_claims(acquired: Acquired, root_writable: bool) -> list[Claim]:  # noq
     opened = [(acquired.root_fd, root_writable, "the root disk")]
     opened += [(disk.fd, not disk.readonly, disk.title) for disk in acquired.disks]
     return [
-        Claim((disk_keys.key_of(fd), *sorted(disk_keys.relatives_of(fd))), writes, title)
+        Claim(
+            (disk_keys.key_of(fd), *sorted(disk_keys.relatives_of(fd))),
+            writes,
+            title,
+            disk_keys.backing_of(fd),
+        )
         for fd, writes, title in opened
     ]
 
 
 def find_holders(registry: Registry) -> dict[str, Mapping[str, bool]]:
     """VM -> key of a disk -> whether it writes."""
-    return {vm.name: vm.record.disks for vm in registry if vm.record is not None}
+    return {vm.name: vm.record.disks | vm.record.backings for vm in registry if vm.record is not None}
 
 
 def refuse_twice(name: str, claims: Sequence[Claim]) -> None:
     """Pure. One disk of a VM may not be another one of its own, or a part of that."""
     for claim, other in itertools.permutations(claims, 2):
-        if claim.keys[0] in other.keys:
+        if claim.keys[0] in other.keys or claim.backing in other.keys:
             raise StartFailed(
                 f"VM '{name}' has one disk twice: {claim.title}, {other.title}",
                 "additional_disks and root_disk: each once",

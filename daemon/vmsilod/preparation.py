@@ -117,7 +117,12 @@ def acquire(request: Request) -> Acquired:
         secret = secrets.token_hex(SECRET_BYTES)
         kernel_fd = keep(image.open_file(files.kernel))
         root_fd = keep(
-            disks.open_root(files.root, request.gid, writable=not request.root_readonly)
+            disks.open_root(
+                files.root,
+                request.gid,
+                writable=not request.root_readonly,
+                of_image=request.boot.root_disk is None,
+            )
             if request.huge_root is None
             else os.dup(request.huge_root)
         )

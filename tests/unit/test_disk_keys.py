@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 import pytest
 from vmsilod.disk_claims import Claim, refuse_conflicts, refuse_twice
 from vmsilod.errors import StartFailed
-from vmsilod.resources.disk_keys import key_of, key_of_status, refuse_loop_device, relatives_of
+from vmsilod.resources import loop_devices
+from vmsilod.resources.disk_keys import backing_of, key_of, key_of_status, relatives_of
+from vmsilod.resources.loop_devices import find_loops, parse_answer, refuse_loop_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -90,6 +92,55 @@ def test_loop_device_is_its_file(tmp_path: Path) -> None:
     file.write_bytes(bytes(4096))
     with loop_of(file) as device, opened(device) as fd:
         assert relatives_of(fd) == {key_of_status(file.stat())}
+        assert backing_of(fd) == key_of_status(file.stat())
+    with opened(file) as fd:
+        assert backing_of(fd) == ""
+
+
+def test_loop_device_is_the_device_below_it(tmp_path: Path) -> None:
+    file = tmp_path / "data.img"
+    file.write_bytes(bytes(8192))
+    with loop_of(file) as below, loop_of(below) as device, opened(device) as fd:
+        assert relatives_of(fd) == {key_of_status(below.stat())}
+        assert backing_of(fd) == key_of_status(below.stat())
+
+
+def test_loop_device_that_does_not_answer_holds_up_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is asked again when who asked it has ended."""
+    monkeypatch.setattr("vmsilod.resources.loop_devices.ANSWER_SECONDS", 0.2)
+    file = tmp_path / "data.img"
+    file.write_bytes(bytes(4096))
+    with loop_of(file) as device, subprocess.Popen(["sleep", "60"], stdout=subprocess.PIPE) as stuck:
+        loop = (str(device), key_of_status(file.stat()), False)
+        assert loop not in find_loops(("sh", "-c", "exec sleep 60"))
+        assert f"{device} does not answer" in caplog.text
+        monkeypatch.setitem(loop_devices._silent, str(device), stuck)
+        assert loop not in find_loops()
+        stuck.kill()
+        stuck.wait()
+        assert loop in find_loops()
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        (b"", []),
+        (b"{}", []),
+        (
+            b'{"loopdevices": [{"back-ino": 7, "back-maj:min": "254:1", "ro": false}]}',
+            [("/dev/loop0", f"file:{os.makedev(254, 1)}:7", False)],
+        ),
+        (
+            b'{"loopdevices": [{"back-ino": "7", "back-maj:min": "  254:1", "ro": "1"}]}',
+            [("/dev/loop0", f"file:{os.makedev(254, 1)}:7", True)],
+        ),
+        (b'{"loopdevices": [{"back-ino": null, "back-maj:min": null, "ro": false}]}', []),
+    ],
+)
+def test_answers_of_losetup(answer: bytes, found: list[tuple[str, str, bool]]) -> None:
+    assert list(parse_answer("/dev/loop0", answer)) == found
 
 
 def test_disk_and_its_partitions(tmp_path: Path) -> None:
@@ -155,6 +206,16 @@ def test_two_vms_and_parts_of_one_disk(
             continue
         with pytest.raises(StartFailed, match="VM 'work', which runs"):
             refuse_conflicts("banking", claims, {"work": {held: writes}})
+
+
+def test_two_loop_devices_of_one_file() -> None:
+    """The one that a VM has, and with it all of the file."""
+    claim = Claim(("block:7:1", FILE), writes=True, title="disk 'data'", backing=FILE)
+    with pytest.raises(StartFailed, match="VM 'work', which runs"):
+        refuse_conflicts("banking", [claim], {"work": {"block:7:0": True, FILE: True}})
+    first = Claim(("block:7:0", FILE), writes=True, title="disk 'first'", backing=FILE)
+    with pytest.raises(StartFailed, match="has one disk twice"):
+        refuse_twice("work", [first, claim])
 
 
 @pytest.mark.parametrize("order", [1, -1])

@@ -1,7 +1,6 @@
 """What tells one disk from another, whatever path led to it; which other disks it is a part of, or made of.
 
-Called in the worker by whoever opens or compares disks. Loop devices are asked by ioctl: the path that sysfs
-shows for their file is its owner's to change.
+Called in the worker by whoever opens or compares disks.
 """
 
 from __future__ import annotations
@@ -12,18 +11,10 @@ import os
 import stat
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from vmsilod.errors import StartFailed
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-SYS_BLOCK = Path("/sys/block")
 SYS_DEV_BLOCK = Path("/sys/dev/block")
-DEV = Path("/dev")
 LOOP_GET_STATUS64 = 0x4C05  # linux/loop.h
-LOOP_INFO64_SIZE = 232  # bytes of struct loop_info64, which begins with the file's st_dev and st_ino
+LOOP_INFO64_SIZE = 232  # bytes of struct loop_info64, which begins with the file's st_dev, st_ino, st_rdev
 
 
 def key_of(fd: int) -> str:
@@ -38,58 +29,55 @@ def key_of_status(status: os.stat_result) -> str:
 
 def relatives_of(fd: int, devices: Path = SYS_DEV_BLOCK) -> set[str]:
     """Keys of the disks that have bytes in common with this one: of a disk its partitions, of a partition
-    its disk, of a loop device or its partition the file.
+    its disk, of a loop device or its partition what it is made of, and that one's relatives.
     """
     status = os.fstat(fd)
     if not stat.S_ISBLK(status.st_mode):
         return set()
-    device = devices / f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+    found = _find_parts(_device(status.st_rdev, devices))
+    backing = _ask_backing(fd)
+    if backing is None:
+        return found
+    key, number = backing
+    return found | {key} | (_find_parts(_device(number, devices)) if number else set())
+
+
+def backing_of(fd: int, devices: Path = SYS_DEV_BLOCK) -> str:
+    """The key of the file or device that a loop device is made of; "" for anything else, and for one of its
+    partitions, which has only a part of it.
+    """
+    status = os.fstat(fd)
+    if not stat.S_ISBLK(status.st_mode) or (_device(status.st_rdev, devices) / "partition").exists():
+        return ""
+    backing = _ask_backing(fd)
+    return "" if backing is None else backing[0]
+
+
+def _device(number: int, devices: Path) -> Path:
+    return devices / f"{os.major(number)}:{os.minor(number)}"
+
+
+def _find_parts(device: Path) -> set[str]:
     found: set[str] = set()
     with contextlib.suppress(OSError):
         found.update(_read_key(partition.parent) for partition in device.glob("*/partition"))
     with contextlib.suppress(OSError):
         if (device / "partition").exists():
             found.add(_read_key(device / ".."))
-    file = find_loop_file(fd)
-    return found | ({file} if file else set())
+    return found
 
 
-def find_loop_file(fd: int) -> str:
-    """The key of the file that a loop device is made of, or a partition of one; "" for anything else."""
+def _ask_backing(fd: int) -> tuple[str, int] | None:
+    """The key of what a loop device, or the one of a partition, is made of; its number if it is a device."""
     info = bytearray(LOOP_INFO64_SIZE)
     try:
         fcntl.ioctl(fd, LOOP_GET_STATUS64, info)
     except OSError:
-        return ""
-    device, inode = struct.unpack_from("=QQ", info)
-    return f"file:{device}:{inode}"
-
-
-def refuse_loop_device(fd: int, title: str, *, writable: bool) -> None:
-    """A file that the host uses through a loop device, which holds no lock on it, may not change twice."""
-    key = key_of(fd)
-    for name, file, reader in _find_loops():
-        if file == key and (writable or not reader):
-            raise StartFailed(
-                f"{title} is in use by the host as /dev/{name}", f"umount it, or losetup -d /dev/{name}"
-            )
-
-
-def _find_loops() -> Iterator[tuple[str, str, bool]]:
-    """Of each that has a file: its name, the file's key, whether it is read-only."""
-    for entry in SYS_BLOCK.glob("loop*/loop"):
-        device = entry.parent
-        try:
-            fd = os.open(DEV / device.name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:
-            continue  # it goes
-        try:
-            if key_of(fd) == _read_key(device) and (file := find_loop_file(fd)):
-                yield device.name, file, (device / "ro").read_text() == "1\n"
-        except OSError:
-            continue
-        finally:
-            os.close(fd)
+        return None
+    device, inode, number = struct.unpack_from("=QQQ", info)
+    if number:
+        return f"block:{os.major(number)}:{os.minor(number)}", number
+    return f"file:{device}:{inode}", 0
 
 
 def _read_key(device: Path) -> str:

@@ -19,7 +19,7 @@ from vmsilod.config.disks import CRYPT_SERIAL, OVERLAY_SERIAL, PERSIST_SERIAL, A
 from vmsilod.errors import StartFailed
 from vmsilod.resources import filesystems, image, vhost_user
 from vmsilod.resources.disk_format import Format, check_format
-from vmsilod.resources.disk_keys import refuse_loop_device
+from vmsilod.resources.loop_devices import refuse_loop_device
 from vmsilod.resources.paths import open_safely
 
 if TYPE_CHECKING:
@@ -138,14 +138,14 @@ def open_additional(disk: AdditionalDisk, vmm: Vmm) -> OpenDisk:
     return OpenDisk(fd, serial, title, readonly=disk.ro, **options)
 
 
-def open_root(path: Path, gid: int, *, writable: bool) -> int:
-    """The root of a VM whose group is `gid`."""
+def open_root(path: Path, gid: int, *, writable: bool, of_image: bool = False) -> int:
+    """The root of a VM whose group is `gid`; `of_image`: a file that only vmsilo writes, whole."""
     title = f"the root disk ({path})"
     fd = image.open_file(path, writable=writable)
     try:
         if stat.S_ISBLK(os.fstat(fd).st_mode):
             fd = _claim_block_device(fd, title, writable=writable)
-        else:
+        elif not of_image:
             refuse_loop_device(fd, title, writable=writable)
         if not writable:
             refuse_writable(fd, title, gid)

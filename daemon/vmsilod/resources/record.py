@@ -27,7 +27,8 @@ class Record:
     `ran`: the VMM has got as far as running the guest; `stopping`: somebody asked for the end; `hugepages`:
     IMAGE/VERSION of the image that it uses or is about to use in huge pages; `disks`: of each that it has
     (resources.disk_keys.key_of), whether it writes, in the order of the VMM's command line, its root first;
-    `root_pmem`: that is persistent memory and no disk of the VMM's.
+    `backings`: the same of what these are made of; `root_pmem`: the root is persistent memory and no disk of
+    the VMM's.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Record:
     stopping: bool = False
     hugepages: str = ""
     disks: dict[str, bool] = field(default_factory=dict)
+    backings: dict[str, bool] = field(default_factory=dict)
     root_pmem: bool = False
 
 

@@ -19,7 +19,6 @@ RUNTIME_PACKAGES := python3-venv python3-gi python3-pydbus python3-systemd pytho
 RUNTIME_PACKAGES += $(shell . /etc/os-release; [ "$$VERSION_ID" = 12 ] || echo virtiofsd)
 TEST_PACKAGES := systemd-container openssh-client util-linux iproute2 busybox-static cpio
 
-PYTHON_ROOTS := daemon client guest
 CLIENTS := vm-run vm-shell vm-start vm-stop vm-start-debug vmsilo
 STDLIB_PROGRAMS := vmsilo-relayd:vmsilo_relay.__main__ vmsilo-consoled:vmsilo_console.__main__ \
 	vmsilo-forward:vmsilo_forward.__main__ vmsilo-share:vmsilo_share.__main__ \
@@ -86,7 +85,7 @@ clean: ## remove everything that tests and demo cached
 
 install: ## install below PREFIX (root); README says what to do then
 	install -d $(DESTDIR)$(LIBDIR)/bin $(DESTDIR)$(LIBDIR)/empty $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(DOCDIR)
-	for root in $(PYTHON_ROOTS); do \
+	for root in daemon guest; do \
 		rm -rf $(DESTDIR)$(LIBDIR)/$$root; cp -r --no-preserve=ownership $$root $(DESTDIR)$(LIBDIR)/$$root; done
 	$(PYTHON) -m venv --system-site-packages $(DESTDIR)$(LIBDIR)/venv
 	$(DESTDIR)$(LIBDIR)/venv/bin/pip install -q --no-warn-conflicts 'pydantic>=2.10,<3' 'pyroute2>=0.7.2,<0.10' \
@@ -98,7 +97,7 @@ install: ## install below PREFIX (root); README says what to do then
 	for entry in $(VENV_PROGRAMS); do ./systemd/entry venv $(LIBDIR) $${entry#*:} > $(DESTDIR)$(LIBDIR)/bin/$${entry%%:*}; \
 		chmod 755 $(DESTDIR)$(LIBDIR)/bin/$${entry%%:*}; done
 	sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml > $(DESTDIR)$(LIBDIR)/VERSION
-	$(PYTHON) -m compileall -q $(DESTDIR)$(LIBDIR)/daemon $(DESTDIR)$(LIBDIR)/client $(DESTDIR)$(LIBDIR)/guest
+	$(PYTHON) -m compileall -q $(DESTDIR)$(LIBDIR)/daemon $(DESTDIR)$(LIBDIR)/guest
 	install -d $(DESTDIR)$(UNITDIR) $(DESTDIR)/usr/lib/sysusers.d $(DESTDIR)/usr/lib/tmpfiles.d \
 		$(DESTDIR)/usr/share/dbus-1/system.d $(DESTDIR)/usr/share/dbus-1/system-services \
 		$(DESTDIR)/usr/share/polkit-1/actions $(DESTDIR)/etc/vmsilo/vms.d
@@ -124,6 +123,9 @@ install: ## install below PREFIX (root); README says what to do then
 	for name in vm-shell vm-start vm-stop vm-start-debug vmsilo; do \
 		ln -sf vm-run $(DESTDIR)/usr/share/bash-completion/completions/$$name; done
 	cp -r --no-preserve=ownership README.md docs $(DESTDIR)$(DOCDIR)/
+	# Last before the daemons restart, which must understand it.
+	rm -rf $(DESTDIR)$(LIBDIR)/client; cp -r --no-preserve=ownership client $(DESTDIR)$(LIBDIR)/client
+	$(PYTHON) -m compileall -q $(DESTDIR)$(LIBDIR)/client
 	[ -n "$(DESTDIR)" ] || systemd-sysusers /usr/lib/sysusers.d/vmsilo.conf
 	[ -n "$(DESTDIR)" ] || systemd-tmpfiles --create /usr/lib/tmpfiles.d/vmsilo.conf
 	[ -n "$(DESTDIR)" ] || [ ! -d /run/systemd/system ] || { systemctl daemon-reload && \

@@ -39,7 +39,10 @@ SHOW_AFTER = 0.5  # seconds; a warm VM answers long before
 class Progress:
     """One line at a terminal, replaced in place and erased; silent elsewhere."""
 
-    __slots__ = ("_name", "_place", "_program", "_shown", "_since", "_text", "_wanted", "_watch", "booting")
+    __slots__ = (
+        *("_name", "_place", "_program", "_shown", "_since", "_text", "_wanted", "_watch"),
+        *("booting", "most"),
+    )
 
     def __init__(self, program: str, name: str, since: float, place: Place) -> None:
         self._program = program
@@ -51,8 +54,12 @@ class Progress:
         self._place = place
         self._watch: StatusWatch | None = None
         self.booting = False  # the relay has said so
+        self.most = 0.0  # seconds since the beginning, in which it answers
 
-    def say(self, untrusted_text: str) -> None:
+    def say(self, untrusted_text: str, wait: "Any" = None) -> None:
+        """`wait`: the seconds that the relay waits, from its first word on."""
+        if not self.booting and isinstance(wait, int | float) and 0 <= wait <= WAIT_MOST:
+            self.most = time.monotonic() - self._since + wait + ANSWER_GRACE
         self.booting = True
         self._text = printable(untrusted_text, 200)
         self.show()
@@ -101,10 +108,10 @@ def dial(program: str, name: str, place: Place, *, wait: int | None) -> int:
         sock.settimeout(SHOW_AFTER)
         _send_request(sock, wait)
         while True:
-            limit = most if progress.booting else min(most, SILENCE_MOST)
+            limit = (progress.most or most) if progress.booting else min(most, SILENCE_MOST)
             if time.monotonic() - began > limit:
                 raise ClientError(
-                    f"VM '{name}' gave no connection within {limit} s",
+                    f"VM '{name}' gave no connection within {limit:.0f} s",
                     "systemctl status vmsilo-relayd; journalctl -u vmsilo-" + name + "-vm",
                 )
             progress.show()
@@ -161,7 +168,7 @@ def _receive(sock: "_socket.socket", name: str, progress: Progress) -> int | Non
             return fds.pop(0)
         if "error" in reply:
             raise _refusal(name, reply["error"], booting=progress.booting)
-        progress.say(str(reply.get("text", "")))
+        progress.say(str(reply.get("text", "")), reply.get("wait"))
         return None
     finally:
         for fd in fds:

@@ -16,8 +16,11 @@ UP = ("running", "stopping", "starting")
 LOSS_WAIT = 2.0  # seconds for vmsilod to find out that the VM has ended
 
 
-def explain(name: str, place: Place, closed: SocketClosedError) -> ClientError | None:
-    """The error to show; None if the VM only stopped meanwhile, so that a second try starts it again."""
+def explain(name: str, place: Place, closed: SocketClosedError, began: float) -> ClientError | None:
+    """The error to show; None if the VM only stopped meanwhile, so that a second try starts it again.
+    `began`: when we asked for it, on the monotonic clock. A start that was under way then or since, and that
+    somebody has ended, is not begun again.
+    """
     try:
         bus = Bus(place)
         try:
@@ -31,12 +34,12 @@ def explain(name: str, place: Place, closed: SocketClosedError) -> ClientError |
         return ClientError(f"{closed.fact}; {failed.fact}", failed.hint or NOT_RUNNING_HINT)
     for vm in vms:
         if vm.get("Name") == name:
-            return _explain_vm(name, place, vm, closed)
+            return _explain_vm(name, place, vm, closed, began)
     return unknown_vm(name, [str(vm.get("Name", "")) for vm in vms], place)
 
 
 def _explain_vm(
-    name: str, place: Place, vm: "dict[str, Any]", closed: SocketClosedError
+    name: str, place: Place, vm: "dict[str, Any]", closed: SocketClosedError, began: float
 ) -> ClientError | None:
     state = vm.get("State")
     if state == "broken":
@@ -46,7 +49,9 @@ def _explain_vm(
             f"VM '{name}' failed to start: {describe_end(vm)}", f"journalctl -b -u vmsilo-{name}-vm"
         )
     if state in ("stopped", "stopping"):
-        return None
+        if vm.get("StartOverMonotonic", 0) < began * 1e6:
+            return None
+        return ClientError(f"VM '{name}' was stopped while it started", f"vmsilo status {name}")
     ended = explain_loss(name, place, closed)
     if ended is not closed:
         return ended

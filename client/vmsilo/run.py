@@ -4,6 +4,7 @@ Its warm path is what start-up time is measured on.
 """
 
 import os
+import time
 
 from vmsilo_wire.payload import Spawn, encode_spawn, is_env_name
 
@@ -136,12 +137,13 @@ def _open_as_user(request: Request, place: Place) -> int:
         from vmsilo.diagnose import check_running
 
         check_running(request.name, place)
+    began = time.monotonic()
     try:
         return dial(PROGRAM, request.name, place, wait=request.wait)
     except SocketClosedError as closed:
         from vmsilo.diagnose import explain, explain_loss
 
-        error = explain(request.name, place, closed)
+        error = explain(request.name, place, closed, began)
         if error is None and isinstance(closed, StoppedMeanwhileError):
             error = explain_loss(request.name, place, closed)
         if error is not None:

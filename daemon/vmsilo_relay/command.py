@@ -57,6 +57,7 @@ class CommandClient:
         self._vm = vm
         self._sock = sock
         self._asked = False
+        self._wait = 0.0  # seconds that it waits for the VM in all
         self._last: tuple[bytes, socket.socket | None] | None = None
         self._dial: Dial | None = None
         self._timer: Timer | None = None
@@ -86,7 +87,8 @@ class CommandClient:
             return
         try:
             # A client that does not read misses a text; the next one replaces it anyway.
-            send_packet(self._sock, encode_packet({"state": "booting", "text": self._vm.record.status}))
+            packet = {"state": "booting", "text": self._vm.record.status, "wait": self._wait}
+            send_packet(self._sock, encode_packet(packet))
         except OSError:
             self._close()
 
@@ -107,12 +109,12 @@ class CommandClient:
         try:
             if self._asked:
                 raise Refusal("bad-request", "one request per connection")
-            wait = parse_request(untrusted_packet, self._vm.record.start_timeout)
+            self._wait = parse_request(untrusted_packet, self._vm.record.start_timeout)
         except Refusal as refusal:
             self.refuse(refusal.code, refusal.message)
             return
         self._asked = True
-        self._set_timer(wait)
+        self._set_timer(self._wait)
         self.on_change()
 
     def _on_dialled(self, agent: socket.socket | None, reason: str) -> None:

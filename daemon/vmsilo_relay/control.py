@@ -32,7 +32,7 @@ from vmsilo_relay.packet import (
     take_int,
     take_str,
 )
-from vmsilo_relay.record import ADD_KEYS, check_generation, check_name, parse_record
+from vmsilo_relay.record import ADD_KEYS, OPTIONAL_KEYS, check_generation, check_name, parse_record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class Controller:
             self._send({"id": number, "ok": True, **reply})
 
     def _add(self, request: dict[str, object], fds: list[int]) -> dict[str, object]:
-        check_keys(request, ("id", "op", *ADD_KEYS))
+        check_keys(request, ("id", "op", *ADD_KEYS), OPTIONAL_KEYS)
         record = parse_record(request)
         if len(record.fds) != len(fds):
             raise Refusal("bad-request", f"{len(record.fds)} descriptors announced, {len(fds)} attached")

@@ -30,10 +30,11 @@ GENERATION = re.compile(r"[\x21-\x7e]{1,128}", re.ASCII)
 UID_MAX = 0xFFFFFFFE
 CID_MIN, CID_MAX = 3, 0xFFFFFFFE  # vsock(7): 0..2 are hypervisor, local and host, the last is "any"
 STATE_MAX = 16384
-START_TIMEOUT = 180  # seconds; of a VM whose state file is older than the key
+START_TIMEOUT = 180  # seconds; of a VM whose vmsilod or state file is older than the key
 WAIT_MAX = 3600
 FD_KINDS = ("command", "host-port")
-ADD_KEYS = ("name", "generation", "secret", "owner", "channel", "start_timeout", "fds")
+ADD_KEYS = ("name", "generation", "secret", "owner", "channel", "fds")
+OPTIONAL_KEYS = ("start_timeout",)
 STATE_KEYS = (*ADD_KEYS, "agent", "ready", "status")
 
 
@@ -135,7 +136,8 @@ def parse_record(request: dict[str, object]) -> Record:
         raise Refusal("bad-request", "secret must be 64 lower-case hexadecimal digits")
     owner = take_int(request, "owner", 0, UID_MAX)
     record = Record(name, generation, secret, owner, parse_channel(request.get("channel")))
-    record.start_timeout = take_int(request, "start_timeout", 0, WAIT_MAX)
+    if "start_timeout" in request:
+        record.start_timeout = take_int(request, "start_timeout", 0, WAIT_MAX)
     fds = request.get("fds")
     if not isinstance(fds, list) or any(kind not in FD_KINDS for kind in fds) or len(set(fds)) != len(fds):
         raise Refusal("bad-request", f"fds must list each of {', '.join(FD_KINDS)} at most once")
@@ -148,8 +150,7 @@ def parse_record(request: dict[str, object]) -> Record:
 def parse_state(data: bytes) -> Record:
     """The Record in a state file; raises Refusal."""
     state = parse_object(data)
-    state.setdefault("start_timeout", START_TIMEOUT)
-    check_keys(state, STATE_KEYS)
+    check_keys(state, STATE_KEYS, OPTIONAL_KEYS)
     record = parse_record(state)
     record.agent = state["agent"] is True
     record.ready = state["ready"] is True

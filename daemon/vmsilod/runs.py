@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import time
 from typing import TYPE_CHECKING, Any
 
 from vmsilod import closing, disk_plans, loop, preparation
@@ -86,7 +87,15 @@ class Runs:
         same cgroup, under the same uid, but its unit has started, so it gets nothing.
         """
         vm = self._registry.require(peer.name)
-        await self._endings.admit(vm, peer.unit, peer.pid)
+        vm.preparing += 1
+        try:
+            await self._endings.admit(vm, peer.unit, peer.pid)
+            return await self._prepare_locked(vm, peer, fds)
+        finally:
+            vm.preparing -= 1
+            vm.prepared = time.monotonic_ns() // 1000
+
+    async def _prepare_locked(self, vm: Vm, peer: Peer, fds: list[int]) -> Prepared:
         async with vm.lock:
             state = await self._systemd.state(peer.unit)
             if state.active != "activating" or state.main_pid != peer.pid:

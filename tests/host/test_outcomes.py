@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +91,22 @@ def test_killed_on_request_during_the_start(site: Site, milliseconds: int) -> No
     # "": its launcher had not asked vmsilod for anything.
     assert (state, result) == ("inactive", "success")
     assert outcome in {"killed-on-request", ""}
+    time.sleep(1)
+    assert site.main_pid(name) == 0
+
+
+@pytest.mark.parametrize("milliseconds", [0, 50, 150])
+def test_who_waits_for_a_start_does_not_begin_it_again_when_it_was_killed(
+    site: Site, milliseconds: int
+) -> None:
+    name = site.define('kernel_params = ["standin.delay=20"]')
+    client = site.spawn("vm-run", name, "true", stderr=subprocess.PIPE)
+    site.host.wait_until(f"test -e /run/vmsilo/state/{name}.json")
+    time.sleep(milliseconds / 1000)
+    site.host.run(["vm-stop", "--force", name], user=USER)
+    _, error = client.communicate(timeout=30)
+    assert client.returncode == 125, error
+    assert b"stop" in error
     time.sleep(1)
     assert site.main_pid(name) == 0
 

@@ -67,6 +67,23 @@ def test_a_vm_that_stopped_meanwhile_is_tried_again(
         assert (done.returncode, done.stdout, len(host.requests)) == (0, b"again\n", 2)
 
 
+def test_a_start_that_somebody_ended_is_not_begun_again(
+    programs: Programs, daemon: FakeDaemon, tmp_path: Path
+) -> None:
+    """It was under way when vm-run came, or begun for it; before that is another matter."""
+    daemon.vms = [vm("banking", "stopped", StartOverMonotonic=("t", (1 << 64) - 1))]
+    with command_socket(tmp_path, run_commands) as host:
+        host.refuse_first = True
+        done = programs("vm-run", "banking", "echo", "again")
+        assert (done.returncode, len(host.requests)) == (125, 1)
+        assert b"VM 'banking' was stopped while it started\n" in done.stderr
+    daemon.vms = [vm("banking", "stopped", StartOverMonotonic=("t", time.monotonic_ns() // 1000))]
+    (tmp_path / "run/banking-command.socket").unlink()
+    with command_socket(tmp_path, run_commands) as host:
+        host.refuse_first = True
+        assert programs("vm-run", "banking", "echo", "again").stdout == b"again\n"
+
+
 def test_a_second_silence_is_the_end(programs: Programs, daemon: FakeDaemon, tmp_path: Path) -> None:
     daemon.vms = [vm("banking", "stopped")]
     with command_socket(tmp_path, None) as host:

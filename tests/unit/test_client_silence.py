@@ -15,8 +15,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-@pytest.mark.parametrize("booting", [False, True])
-def test_relay_that_never_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, booting: bool) -> None:
+@pytest.mark.parametrize(
+    ("booting", "wait", "seconds"), [(False, None, 1), (True, None, 3), (True, 1, 2), (True, "1", 3)]
+)
+def test_relay_that_never_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, booting: bool, wait: object, seconds: int
+) -> None:
     monkeypatch.setattr(command_socket, "SILENCE_MOST", 1)
     monkeypatch.setattr(command_socket, "ANSWER_GRACE", 1)
     place = Place(run_dir=str(tmp_path))
@@ -25,7 +29,7 @@ def test_relay_that_never_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         listener.listen()
         if booting:
             monkeypatch.setattr(
-                command_socket, "_receive", lambda _sock, _name, progress: progress.say("boots")
+                command_socket, "_receive", lambda _sock, _name, progress: progress.say("boots", wait)
             )
-        with pytest.raises(ClientError, match=f"gave no connection within {3 if booting else 1} s"):
+        with pytest.raises(ClientError, match=f"gave no connection within {seconds} s"):
             command_socket.dial("vm-run", "work", place, wait=2)

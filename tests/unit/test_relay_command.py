@@ -83,11 +83,11 @@ def test_warm_connect_hands_over_an_agent_with_hello_sent(host: RelayHost) -> No
 def test_cold_client_hears_the_boot_and_is_connected_when_ready(host: RelayHost) -> None:
     host.device()
     client = host.client()
-    assert client.receive()[0] == {"state": "booting", "text": ""}
+    assert client.receive()[0] == {"state": "booting", "text": "", "wait": 5}
     host.say(b"STATUS=Mounting disks")
-    assert client.receive()[0] == {"state": "booting", "text": "Mounting disks"}
+    assert client.receive()[0] == {"state": "booting", "text": "Mounting disks", "wait": 5}
     host.say(b"X_SYSTEMD_UNIT_ACTIVE=basic.target")
-    assert client.receive()[0] == {"state": "booting", "text": "reached basic.target"}
+    assert client.receive()[0] == {"state": "booting", "text": "reached basic.target", "wait": 5}
     host.say(b"READY=1")
     host.say(b"X_VMSILO_AGENT=1")
     packet, agent = client.finish()

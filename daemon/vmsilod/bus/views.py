@@ -25,7 +25,8 @@ TEXT_MAX = 600
 class VmView:
     """A VM as everybody with the view action sees it.
 
-    `since` is CLOCK_REALTIME in microseconds, memory in MiB.
+    `since` is CLOCK_REALTIME in microseconds, memory in MiB. `start_over`: when the last start had got as
+    far as its VMM or had failed, CLOCK_MONOTONIC in microseconds; 2**64-1 while one is under way.
     """
 
     name: str
@@ -41,6 +42,7 @@ class VmView:
     uid: int = 0
     cid: int = 0
     since: int = 0
+    start_over: int = 0
     last_result: str = ""
     last_outcome: str = ""
     auto_start: bool = False
@@ -238,6 +240,7 @@ _PROPERTIES: dict[str, tuple[str, str]] = {
     "Uid": ("u", "uid"),
     "Cid": ("u", "cid"),
     "Since": ("t", "since"),
+    "StartOverMonotonic": ("t", "start_over"),
     "LastResult": ("s", "last_result"),
     "LastOutcome": ("s", "last_outcome"),
     "AutoStart": ("b", "auto_start"),

@@ -4,7 +4,7 @@ Only on the way to an error message, never on the warm path.
 """
 
 from vmsilo.bus import NOT_RUNNING_HINT, Bus, describe_end, unknown_vm
-from vmsilo.errors import ClientError, SocketClosedError, printable
+from vmsilo.errors import ClientError, SocketClosedError, StoppedMeanwhileError, printable
 from vmsilo.names import list_names
 from vmsilo.place import Place
 
@@ -49,7 +49,8 @@ def _explain_vm(
             f"VM '{name}' failed to start: {describe_end(vm)}", f"journalctl -b -u vmsilo-{name}-vm"
         )
     if state in ("stopped", "stopping"):
-        if vm.get("StartOverMonotonic", 0) < began * 1e6:
+        # What was told of it by the relay needs no guess.
+        if isinstance(closed, StoppedMeanwhileError) or vm.get("StartOverMonotonic", 0) < began * 1e6:
             return None
         return ClientError(f"VM '{name}' was stopped while it started", f"vmsilo status {name}")
     ended = explain_loss(name, place, closed)

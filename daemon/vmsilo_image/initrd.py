@@ -44,9 +44,11 @@ PMEM = ("virtio_pmem", "nd_pmem")
 WANTED_IF_THERE = ("pvpanic_mmio", "pvpanic_pci", *PMEM)
 # Loaded by init only where the host names an interface.
 NETWORK = ("virtio_net",)
-# Loaded by init where the overlay is on a disk. The last three: where the kernel has them apart.
+# Loaded by init where the overlay is on a disk. AES: one of these, under its older or newer name, for a CPU
+# without instructions for it. The last two: where the kernel has them apart.
 CRYPT = ("xts", "dm_crypt")
-CRYPT_IF_THERE = ("aesni_intel", "aes_generic", "ecb")
+AES = ("aes_generic", "aes")
+CRYPT_IF_THERE = (*AES, "aesni_intel", "ecb")
 CRYPT_PROGRAMS = ("/usr/sbin/dmsetup", "/usr/sbin/mke2fs")
 """What init runs from the root image, before it is anybody's root."""
 APPLETS = (
@@ -106,7 +108,8 @@ def has_pmem(root: Path, release: str) -> bool:
 def has_crypt(root: Path, release: str) -> bool:
     """Whether init can encrypt the overlay's disk."""
     programs = all(resolve_inside(root, path).is_file() for path in CRYPT_PROGRAMS)
-    return programs and _has_modules(root, release, CRYPT)
+    aes = any(_has_modules(root, release, (name,)) for name in AES)
+    return programs and aes and _has_modules(root, release, CRYPT)
 
 
 def _has_modules(root: Path, release: str, wanted: Sequence[str]) -> bool:

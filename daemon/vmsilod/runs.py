@@ -26,6 +26,7 @@ from vmsilod.network.guest import plan_guest_files
 from vmsilod.relay_agreement import agree_with_relay
 from vmsilod.resources import record as records
 from vmsilod.resources import rundir, vsock
+from vmsilod.resources.disks import PLAIN_OVERLAY, has_plain_overlay
 from vmsilod.resources.image import pin_version
 from vmsilod.resources.record import Record
 from vmsilod.shapes import is_root_pmem, leases_of, request_of, shape_of
@@ -190,6 +191,9 @@ class Runs:
             )
             if choice.kind is VmmKind.QEMU and not host.kvm.usable:
                 log.warning("VM %s: %s (%s)", vm.name, TCG_WARNING, host.kvm.reason)
+            if has_plain_overlay(acquired.disks):
+                fields = {"OBJECT_SYSTEMD_UNIT": peer.unit}
+                log.info("VM %s: %s", vm.name, PLAIN_OVERLAY, extra=fields)
             vm.record = dataclasses.replace(
                 vm.record,
                 cid=acquired.cid,

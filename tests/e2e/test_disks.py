@@ -82,6 +82,8 @@ def test_disks_of_one_life(guest: Container) -> None:
     # A marker that stands nowhere but on the overlay, behind a key that only the guest has.
     in_guest(guest, "for i in $(seq 200000); do echo RESIDUE-$((40 + 2)); done >/root/left; sync")
     assert " crypt aes-xts-plain64 " in in_guest(guest, "dmsetup table vmsilo-overlay")
+    journal = guest.run(f"journalctl -q -o cat -u vmsilo-{VM}-vm.service").stdout
+    assert "is on the host's disk as it is" not in journal
     vmm = vmm_of(guest)
     held = guest.run(f"ls -l /proc/{vmm}/fd").stdout
     assert "/var/lib/vmsilo/overlays/#" in held

@@ -42,6 +42,7 @@ def test_an_overlay_has_no_name_and_ends_with_its_vmm(site: Site) -> None:
     site.expect("was killed")
     name = site.running()
     assert holders_of_overlays(site) == {f"vmsilo-{name}-vm.service"}  # and no daemon
+    assert "is on the host's disk as it is" in site.journal_of(name)  # this image's guest encrypts nothing
     assert site.host.run(f"find {OVERLAYS} -mindepth 1").stdout == ""
     site.host.run(["kill", "-9", str(site.main_pid(name))])
     site.wait_for_state(name, "failed")

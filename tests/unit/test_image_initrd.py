@@ -212,9 +212,11 @@ def test_image_says_whether_its_root_can_be_persistent_memory(
 @pytest.mark.parametrize(
     ("module_files", "programs", "expected"),
     [
-        (("xts", "dm-crypt"), CRYPT_PROGRAMS, True),
-        (("xts",), CRYPT_PROGRAMS, False),
-        (("xts", "dm-crypt"), CRYPT_PROGRAMS[:1], False),
+        (("xts", "dm-crypt", "aes_generic"), CRYPT_PROGRAMS, True),
+        (("xts", "dm-crypt", "aes"), CRYPT_PROGRAMS, True),
+        (("xts", "dm-crypt"), CRYPT_PROGRAMS, False),
+        (("xts", "aes"), CRYPT_PROGRAMS, False),
+        (("xts", "dm-crypt", "aes"), CRYPT_PROGRAMS[:1], False),
     ],
 )
 def test_image_says_whether_its_overlay_can_be_encrypted(

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
     from vmsilod.resources.vhost_user import Account
 
+PLAIN_OVERLAY = (
+    "what its guest writes to its root is on the host's disk as it is, since its image does not encrypt it; "
+    "docs/disks.md says what helps"
+)
 OVERLAYS_DIR = Path("/var/lib/vmsilo/overlays")
 PERSIST_DIR = Path("/var/lib/vmsilo/persist")
 
@@ -96,6 +100,10 @@ def make_overlay(
 
 def find_persist(name: str, directory: Path = PERSIST_DIR) -> Path:
     return directory / f"{name}.img"
+
+
+def has_plain_overlay(opened: Sequence[OpenDisk]) -> bool:
+    return any(disk.serial == OVERLAY_SERIAL for disk in opened)
 
 
 def open_persist(name: str, size: int, vmm: Vmm, directory: Path = PERSIST_DIR) -> OpenDisk:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 from vmsilod import loop
 from vmsilod.bus.requests import RunRequest
 from vmsilod.bus.views import DiskView
-from vmsilod.config.disks import PERSIST_ID, PERSIST_SERIAL, parse_size
+from vmsilod.config.disks import PERSIST_ID, PERSIST_SERIAL
 from vmsilod.disk_claims import find_holder, find_holders
+from vmsilod.disk_plans import plan_request
 from vmsilod.errors import BadRequest, Busy, Failed, NotRunning, VmsiloError
 from vmsilod.resources import disk_keys, disks, filesystems, image, rundir
 from vmsilod.resources.disk_format import check_format
@@ -82,8 +83,8 @@ class Disks:
             config = _config_of(vm)
             if config is None:
                 continue
-            if config.root_overlay.on_disk and config.root_disk_readonly:
-                size = parse_size(config.root_overlay.size)
+            size = plan_request(config).overlay_size
+            if size is not None:
                 state = "in use" if vm.is_up else "ephemeral"
                 views.append(DiskView(vm.name, "overlay", "", state, size=size, format="raw"))
             for target in find_targets(vm.name, config):

@@ -81,6 +81,10 @@ class Daemon:
         self._publication.on_applied = self._take_over
         self._control_socket = control
 
+    def _links_touched(self) -> None:
+        self._network.links_touched()
+        self._publication.links_touched()
+
     async def start(self) -> None:
         """Repair first, then take over the configuration, then let others in."""
         await self._systemd.subscribe()
@@ -91,7 +95,7 @@ class Daemon:
         self._image_watch = ImageWatch(
             IMAGES_DIR, self._registry.images, self._lifecycle.configuration_applied
         )
-        self._network_watch = NetworkWatch(self._network.rules_touched, self._network.links_touched)
+        self._network_watch = NetworkWatch(self._network.rules_touched, self._links_touched)
         await self._publication.reload()
         await self._lifecycle.refresh_all()
         await self._usb.load()

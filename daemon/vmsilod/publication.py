@@ -16,6 +16,7 @@ from systemd import daemon
 from vmsilod import loop
 from vmsilod.bus import rules
 from vmsilod.config.load import load_configuration
+from vmsilod.config.network_checks import SYS_NET
 from vmsilod.config.schema import RESERVED_NAMES
 from vmsilod.errors import VmsiloError
 from vmsilod.host import LIBDIR, Host, find_uid, probe_host
@@ -61,6 +62,7 @@ class Publication:
         self.amend: Callable[[Configuration], Configuration] = lambda configuration: configuration
         self._shown: dict[str, str] = {}
         self._published = False
+        self._awaited: frozenset[str] = frozenset()
 
     async def reload(self) -> list[Problem]:
         """Read everything again and take it over; returns what is wrong with it."""
@@ -68,6 +70,7 @@ class Publication:
             host = await loop.in_worker(probe_host)
             configuration = self.amend(await loop.in_worker(load_configuration))
             self._registry.apply(configuration)
+            self._awaited = configuration.awaited
             # At once: whoever starts now waits for it. TAPs are there before a unit can want them.
             await self._network.apply(
                 configuration.settings,
@@ -83,6 +86,19 @@ class Publication:
             await self._pci.isolate(configuration.settings.isolated_pci_devices)
         self.on_applied(len(configuration.problems))
         return list(configuration.problems)
+
+    def links_touched(self) -> None:
+        """A network device came, went or changed; a VM may have waited for it."""
+        if any((SYS_NET / device).exists() for device in self._awaited):
+            self._awaited = frozenset()
+            loop.spawn(self._admit_late())
+
+    async def _admit_late(self) -> None:
+        late = {vm.name for vm in self._registry if vm.config is None}
+        await self.reload()
+        for vm in self._registry:
+            if vm.name in late and vm.config is not None and vm.config.auto_start:
+                await self._systemd.start(vm.service)
 
     async def check(self) -> list[dict[str, str]]:
         configuration = await loop.in_worker(load_configuration)

@@ -133,3 +133,18 @@ def test_a_device_of_somebody_else_is_not_taken_over(site: Site) -> None:
     finally:
         site.host.run("ip link del mine")
     assert site.vm_run(name, "true").returncode == 0
+
+
+def test_a_vm_whose_bridge_comes_later_starts_when_it_is_there(site: Site) -> None:
+    """As at the host's boot, where the network may be made after vmsilod."""
+    site.expect("no network interface 'late0'")
+    text = 'auto_start = true\n[network.interfaces.wan]\ntap.bridge = "late0"\n'
+    name = site.define(text, wait=False)
+    site.wait_for_state(name, "broken")
+    site.host.run("ip link add late0 type bridge")
+    try:
+        site.wait_for_state(name, "running")
+        assert link(site, f"{name}-0")["master"] == "late0"
+        site.host.run(["vm-stop", name], user="user")
+    finally:
+        site.host.run("ip link delete late0")

@@ -41,6 +41,11 @@ def test_other_keys_are_options_of_the_device_and_survive_the_record(tmp_path: P
 @pytest.mark.parametrize(
     ("line", "key", "fact"),
     [
+        (
+            "root_disk_readonly = false",
+            "root_disk_readonly",
+            "the image's root belongs to all VMs of the image",
+        ),
         ("memory_max = 1024", "memory_max", "1024 is not above memory (1024)"),
         ("memory_max = 1100", "memory_max", "1100 is not memory plus a multiple of 128"),
         ('vmm = "crosvm"\nmemory_max = 2048', "memory_max", "crosvm cannot plug memory in"),

@@ -188,10 +188,10 @@ def test_restart_is_needed_for_what_the_guest_has_only(tmp_path: Path) -> None:
     ("text", "fact"),
     [
         (
-            "image = {hugepages = true}\nroot_disk_readonly = false",
+            'root_disk = "/dev/null"\nimage = {hugepages = true}',
             ("image.hugepages", "only for an image's"),
         ),
-        ('image = {device = "pmem"}\nroot_disk_readonly = false', ("image.device", "only for an image's")),
+        ('root_disk = "/dev/null"\nimage = {device = "pmem"}', ("image.device", "only for an image's")),
         ('vmm = "crosvm"\nimage = {hugepages = true, device = "pmem"}', ("image.device", "crosvm cannot")),
         ('image = {short_of_pages = "swap"}', ("image.short_of_pages", "")),
         ("image = {keep = -1}", ("image.keep", "")),

@@ -96,6 +96,10 @@ def check_vmm(vm: VmFile, vmm: str, find_origin: Callable[[tuple[str, ...]], str
         if getattr(vm, key):
             fact, hint = "not with cloud-hypervisor", 'set vmm to "crosvm" or "qemu"'
             problems.append(Problem(find_origin((key,)), key, fact, hint, vm=vm.name))
+    if vm.root_disk is None and not vm.root_disk_readonly:
+        fact, hint = "the image's root belongs to all VMs of the image", "set root_disk to a copy of it"
+        place = find_origin(("root_disk_readonly",))
+        problems.append(Problem(place, "root_disk_readonly", fact, hint, vm=vm.name))
     for device in vm.vhost_user if vmm != "auto" else ():
         shape = VhostUserDevice(device.type, device.socket, tuple(device.options.items()))
         if fault := vhost_user.find_fault(shape, vmm):

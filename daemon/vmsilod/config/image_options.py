@@ -77,11 +77,9 @@ def check_image(vm: VmFile, vmm: str, find_origin: Callable[[tuple[str, ...]], s
     """What this VM's own table asks for and cannot have."""
     options = vm.image
     faults: list[tuple[str, str, str]] = []
-    own_root = vm.root_disk is not None or not vm.root_disk_readonly
-    for key in ("hugepages", "device") if options is not None and own_root else ():
+    for key in ("hugepages", "device") if options is not None and vm.root_disk is not None else ():
         if getattr(options, key) in (True, "pmem"):
-            hint = "leave out root_disk and root_disk_readonly, or this"
-            faults.append((key, "only for an image's own root, which is read-only", hint))
+            faults.append((key, "only for an image's own root", "leave out root_disk, or this"))
     if options is not None and options.device == "pmem" and options.hugepages and vmm == "crosvm":
         hint = 'device = "auto", or hugepages = false'
         faults.append(("device", "crosvm cannot map huge pages as persistent memory", hint))

@@ -55,6 +55,8 @@ class Configuration:
     broken: Mapping[str, tuple[Problem, ...]]
     warnings: tuple[Problem, ...] = ()
     """What will work only in part; nothing is disabled for it."""
+    awaited: frozenset[str] = frozenset()
+    """Network devices without which a VM is broken."""
 
 
 @dataclass
@@ -64,6 +66,7 @@ class _Found:
     vms: dict[str, tuple[VmFile, Document]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
+    awaited: set[str] = field(default_factory=set)
 
     def broken_names(self) -> frozenset[str]:
         return frozenset(problem.vm for problem in self.problems if problem.vm)
@@ -214,7 +217,9 @@ def _check_network(found: _Found, settings: GlobalConfig | None, document: Docum
     found.problems += network_checks.check_device_names(files, settings, nat_file)
     for file in files.values():
         found.warnings += network_checks.find_stray_gateways(file)
-        found.problems += network_checks.check_devices(file) if checks.files else []
+        if checks.files:
+            found.problems += network_checks.check_devices(file)
+            found.awaited |= network_checks.find_absent(file)
     if settings is not None and checks.files:
         found.warnings += network_checks.find_missing_nat(settings, nat_file)
         found.warnings += network_checks.find_host_overlaps(files)
@@ -251,5 +256,10 @@ def _conclude(settings: GlobalConfig | None, found: _Found) -> Configuration:
         {name: found.vms[name][1].find_origin(("usb_devices",)) for name in vms},
     )
     return Configuration(
-        settings, MappingProxyType(vms), tuple(found.problems), MappingProxyType(broken), tuple(warnings)
+        settings,
+        MappingProxyType(vms),
+        tuple(found.problems),
+        MappingProxyType(broken),
+        tuple(warnings),
+        frozenset(found.awaited),
     )

@@ -97,6 +97,11 @@ def _find_devices(network: NetworkOptions) -> Iterator[tuple[tuple[str, ...], st
             yield ("network", "interfaces", name, "macvtap", "link"), interface.macvtap.link
 
 
+def find_absent(file: NetworkFile, sys_net: Path = SYS_NET) -> set[str]:
+    """Devices of the host that the file names and that are not there yet."""
+    return {device for _, device in _find_devices(file.network) if not (sys_net / device).exists()}
+
+
 def check_devices(file: NetworkFile, sys_net: Path = SYS_NET) -> list[Problem]:
     """Asks the machine: a bridge or a macvtap's link that is not there (or is not one)."""
     problems = []
@@ -107,7 +112,7 @@ def check_devices(file: NetworkFile, sys_net: Path = SYS_NET) -> list[Problem]:
         elif key[-1] == "bridge" and not (sys_net / device / "bridge").exists():
             fact = f"'{device}' is not a bridge"
         if fact:
-            hint = "it must be there when vmsilod reads the files" if "no network" in fact else ""
+            hint = "the VM can be started as soon as it is there" if "no network" in fact else ""
             problems.append(Problem(file.find_origin(key), ".".join(key), fact, hint, vm=file.vm))
     return problems
 

@@ -149,6 +149,8 @@ def open_additional(disk: AdditionalDisk, vmm: Vmm) -> OpenDisk:
 def open_root(path: Path, gid: int, *, writable: bool, of_image: bool = False) -> int:
     """The root of a VM whose group is `gid`; `of_image`: a file that only vmsilo writes, whole."""
     title = f"the root disk ({path})"
+    if of_image and writable:
+        raise StartFailed(f"{path} belongs to all VMs of its image", "set root_disk to a copy of it")
     fd = image.open_file(path, writable=writable)
     try:
         if stat.S_ISBLK(os.fstat(fd).st_mode):

@@ -137,8 +137,11 @@ uninstall: ## remove what install put there; configuration and images stay
 	[ ! -d /run/systemd/system ] || { systemctl stop 'vmsilo-*-vm.service' 'vmsilo-*-debug.service'; \
 		systemctl disable --now vmsilod.socket vmsilo-relayd.socket vmsilo-consoled.socket vmsilod.service \
 			vmsilo-relayd.service vmsilo-consoled.service; \
-		systemctl stop 'vmsilo-*.socket' vmsilo-vms.target vmsilo-daemons.target run-vmsilo-hugepages.mount; \
-		rm -rf /run/systemd/system/vmsilo-* /run/vmsilo /run/vmsilo-relay /run/vmsilo-console; } || true
+		systemctl stop 'vmsilo-*.socket' vmsilo-vms.target vmsilo-daemons.target run-vmsilo-hugepages.mount; } || true
+	[ -n "$(DESTDIR)" ] || [ ! -d $(LIBDIR)/venv ] || { systemctl stop 'vmsilo-*-switch.service'; \
+		PYTHONPATH=$(LIBDIR)/daemon:$(LIBDIR)/guest $(LIBDIR)/venv/bin/python -c 'from vmsilod.network import batch; \
+			batch.settle(batch.NetworkPlan(), frozenset())'; } || true
+	[ -n "$(DESTDIR)" ] || rm -rf /run/systemd/system/vmsilo-* /run/vmsilo /run/vmsilo-relay /run/vmsilo-console
 	rm -rf $(DESTDIR)$(LIBDIR) $(DESTDIR)$(DOCDIR)
 	for name in vm-run vm-shell vm-start vm-stop vm-start-debug vmsilo; do rm -f $(DESTDIR)$(PREFIX)/bin/$$name \
 		$(DESTDIR)/usr/share/bash-completion/completions/$$name; done

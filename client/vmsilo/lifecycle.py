@@ -25,7 +25,7 @@ Usage: vm-stop [--force] [--timeout SECONDS] NAME
 Asks the guest of the VM NAME to shut down, and waits for it.
 
   --force            end the VM at once; the guest loses what it has not written
-  --timeout SECONDS  how long the guest may take before the VM is ended
+  --timeout SECONDS  how long the guest may take before the VM is ended (at most its stop_timeout)
 
 Exit status: 0 stopped, 1 failed, 2 wrong command line.
 """

@@ -27,10 +27,10 @@ NOT_YET = frozenset(
         "guest_config",
         "guest_programs",
         "sound",
-        "vhost_user",
         "vm_switch",
+        "vmsilo_balloond",
+        "enable_bash_integration",
         "wayland_proxy",
-        "cloud_hypervisor",
     }
 )
 TYPE_NAMES: Mapping[str, str] = {

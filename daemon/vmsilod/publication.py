@@ -248,7 +248,7 @@ def with_vmm(config: VmConfig, host: Host) -> VmConfig:
 def context_for(config: VmConfig, host: Host) -> UnitContext:
     """Without a VMM the units are written all the same: the start says what is missing."""
     try:
-        kind = choose_vmm(config.vmm, kvm=host.kvm.usable).kind
+        kind = choose_vmm(config.vmm, kvm=host.kvm.usable, grows=config.memory_max is not None).kind
     except (MissingVmm, KvmNeeded):
         kind = VmmKind.QEMU if config.vmm == "auto" else VmmKind(config.vmm)
     paths = UnitPaths(libdir=str(LIBDIR))

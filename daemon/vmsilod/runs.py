@@ -129,7 +129,7 @@ class Runs:
     ) -> Prepared:
         host = await loop.in_worker(probe_host)
         # The VMM that the unit was written for: crosvm could not live in the sandbox of QEMU's.
-        choice = choose_vmm(vm.vmm or config.vmm, kvm=host.kvm.usable)
+        choice = choose_vmm(vm.vmm or config.vmm, kvm=host.kvm.usable, grows=config.memory_max is not None)
         driver = drivers.DRIVERS[choice.kind]
         if not driver.builtin_vsock:
             host.require_vsock()

@@ -79,3 +79,10 @@ def test_kvm_that_is_something_else(tmp_path: Path, kind: str) -> None:
     status = probe_kvm(str(path))
     assert not status.usable
     assert "is not KVM" in status.reason
+
+
+def test_memory_that_grows_is_not_for_crosvm() -> None:
+    choice = choose_vmm("auto", grows=True, find=INSTALLED.get)
+    assert (choice.kind, choice.reason) == (VmmKind.QEMU, "crosvm cannot plug memory in")
+    with pytest.raises(MissingVmm, match="memory_max needs qemu"):
+        choose_vmm("auto", grows=True, find={"crosvm": "/c"}.get)

@@ -68,11 +68,14 @@ def choose_vmm(
     wanted: Literal["auto", "crosvm", "qemu", "cloud-hypervisor"],
     *,
     kvm: bool = True,
+    grows: bool = False,
     find: Callable[[str], str | None] = shutil.which,
 ) -> VmmChoice:
-    """`find` is like shutil.which; `kvm` is probe_kvm's answer. Raises MissingVmm and KvmNeeded."""
+    """`find` is like shutil.which; `kvm` is probe_kvm's answer; `grows`: the VM has a memory_max. Raises
+    MissingVmm and KvmNeeded.
+    """
     if wanted == "auto":
-        return _choose_auto(kvm=kvm, find=find)
+        return _choose_auto(kvm=kvm, grows=grows, find=find)
     kind = VmmKind(wanted)
     binary = find(BINARIES[kind])
     if binary is None:
@@ -82,13 +85,19 @@ def choose_vmm(
     return VmmChoice(kind, binary, f"{kind.value} is configured")
 
 
-def _choose_auto(*, kvm: bool, find: Callable[[str], str | None]) -> VmmChoice:
+def _choose_auto(*, kvm: bool, grows: bool, find: Callable[[str], str | None]) -> VmmChoice:
     crosvm, qemu = find(BINARIES[VmmKind.CROSVM]), find(BINARIES[VmmKind.QEMU])
-    if crosvm and kvm:
+    if crosvm and kvm and not grows:
         return VmmChoice(VmmKind.CROSVM, crosvm, "crosvm is installed")
     if qemu:
-        reason = "crosvm is installed but needs KVM" if crosvm else "crosvm is not installed, qemu is"
+        reason = "crosvm is not installed, qemu is"
+        if crosvm:
+            reason = "crosvm cannot plug memory in" if kvm else "crosvm is installed but needs KVM"
         return VmmChoice(VmmKind.QEMU, qemu, reason)
+    if crosvm and kvm:
+        raise MissingVmm(
+            "memory_max needs qemu-system-x86_64: crosvm cannot plug memory in", _HINTS[VmmKind.QEMU]
+        )
     if crosvm:
         raise KvmNeeded("crosvm needs KVM, which cannot be used on this host", _KVM_HINT)
     hint = f"{_HINTS[VmmKind.QEMU]}; {_HINTS[VmmKind.CROSVM].partition(':')[0]}"

@@ -50,7 +50,7 @@ def host(booted_host: Container) -> Iterator[Container]:
     booted_host.configure(demo="memory = 1024\n", other="memory = 768\n")
     yield booted_host
     booted_host.run("vm-stop --force demo; vm-stop --force other", check=False)
-    assert not booted_host.run("find /run/vmsilo/vm /run/vmsilo-relay -mindepth 1").stdout
+    assert not booted_host.run("find /run/vmsilo/vm /run/vmsilo-relay -mindepth 1", check=False).stdout
     journal = booted_host.run("journalctl -q --no-pager -o cat -p warning -u 'vmsilo*'").stdout.splitlines()
     unexpected = [line for line in journal if not any(re.search(known, line) for known in EXPECTED)]
     assert not unexpected, "\n".join(unexpected)

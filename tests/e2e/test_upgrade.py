@@ -45,6 +45,7 @@ def test_an_upgrade_keeps_vms_and_their_commands(demo: Container) -> None:
 
 
 KEPT = (
+    "/root",
     "/etc/vmsilo",
     "/var/lib/vmsilo",
     "/shared",

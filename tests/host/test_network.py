@@ -137,7 +137,7 @@ def test_a_device_of_somebody_else_is_not_taken_over(site: Site) -> None:
 
 def test_a_vm_whose_bridge_comes_later_starts_when_it_is_there(site: Site) -> None:
     """As at the host's boot, where the network may be made after vmsilod."""
-    site.expect("no network interface 'late0'")
+    site.expect("no network interface 'late0'|there is no bridge 'late0'")
     text = 'auto_start = true\n[network.interfaces.wan]\ntap.bridge = "late0"\n'
     name = site.define(text, wait=False)
     site.wait_for_state(name, "broken")

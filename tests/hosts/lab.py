@@ -55,6 +55,10 @@ EXPECTED = (
     "begins like a qcow2 image",  # a guest writes such a header
     *("Failed to start vmsilo-store-vm.service", "Failed to start vmsilo-lab-"),  # refused on purpose
     *("Failed to start vmsilo-lonely-vm.service", "cannot open /run/no.sock"),
+    "Failed to start vmsilo-own-disk-vm.service",  # and what only cloud-hypervisor is refused
+    *("Failed to start vmsilo-shared-vm.service", "may not write /var/lib/vmsilo/own-disk"),
+    *("may not connect to /run/lab-share/", "does not know one of its arguments"),
+    "is not the starting main process of vmsilo-end-",  # a stop meets a start
     "; starts again in ",  # crashes that are made, of VMs with a restart policy
     "Memory cgroup out of memory: Killed process",  # as the test wants
     "the guest did not shut down in",  # one is made to hold its shutdown up

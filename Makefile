@@ -138,7 +138,7 @@ uninstall: ## remove what install put there; configuration and images stay
 		systemctl disable --now vmsilod.socket vmsilo-relayd.socket vmsilo-consoled.socket vmsilod.service \
 			vmsilo-relayd.service vmsilo-consoled.service; \
 		systemctl stop 'vmsilo-*.socket' vmsilo-vms.target vmsilo-daemons.target run-vmsilo-hugepages.mount; } || true
-	[ -n "$(DESTDIR)" ] || [ ! -d $(LIBDIR)/venv ] || { systemctl stop 'vmsilo-*-switch.service'; \
+	[ -n "$(DESTDIR)" ] || [ ! -d $(LIBDIR)/venv ] || { systemctl stop 'vmsilo-*-switch.service' vmsilo.slice; \
 		PYTHONPATH=$(LIBDIR)/daemon:$(LIBDIR)/guest $(LIBDIR)/venv/bin/python -c 'from vmsilod.network import batch; \
 			batch.settle(batch.NetworkPlan(), frozenset())'; } || true
 	[ -n "$(DESTDIR)" ] || rm -rf /run/systemd/system/vmsilo-* /run/vmsilo /run/vmsilo-relay /run/vmsilo-console

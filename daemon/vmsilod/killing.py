@@ -22,15 +22,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-async def end_run(systemd: Systemd, endings: Endings, vm: Vm, grace: float) -> None:
-    """By SIGTERM, and `grace` seconds later by SIGKILL. Its end is told as asked for, unless this raises."""
+async def end_run(systemd: Systemd, endings: Endings, vm: Vm, grace: float) -> bool:
+    """By SIGTERM, and `grace` seconds later by SIGKILL; False if none is up. Its end is told as asked for,
+    unless this raises.
+    """
     unit = vm.debug_service if vm.debug else vm.service
-    state = await systemd.state(unit)
+    await endings.mark_stopping(vm)
+    state = await systemd.state(unit)  # after that: its guest may have reset it meanwhile
     if not state.is_up:
-        return
+        return False
     vm.killing = state.invocation  # it stays: no other run is called that
     try:
-        await endings.mark_stopping(vm)
         stopped = loop.spawn(systemd.stop(unit))
         with contextlib.suppress(TimeoutError):
             await loop.with_deadline(stopped, grace)
@@ -41,6 +43,7 @@ async def end_run(systemd: Systemd, endings: Endings, vm: Vm, grace: float) -> N
     except VmsiloError:
         vm.killing = ""
         raise
+    return True
 
 
 async def _kill(systemd: Systemd, unit: str, invocation: str) -> None:

@@ -120,17 +120,16 @@ class Lifecycle:
         await self._end(name, KILL_SECONDS)
 
     async def discard(self, name: str) -> None:
-        """As kill, but first by SIGTERM, so that its unit does not end as failed. A run that ended unseen is
-        settled too.
-        """
+        """As kill, but not so that its unit ends as failed. A run that ended unseen is settled too."""
         await self._end(name, DISCARD_SECONDS)
+        await self._settle(self._registry.require(name))
 
     async def _end(self, name: str, grace: float) -> None:
         vm = self._registry.require(name)
         await self._endings.cancel(vm)
         try:
-            await end_run(self._systemd, self._endings, vm, grace)
-            await self._settle(vm)
+            if await end_run(self._systemd, self._endings, vm, grace):
+                await self._settle(vm)
         finally:
             await self._endings.cancel(vm)
 
@@ -326,6 +325,8 @@ class Lifecycle:
     async def _take_over(self, vm: Vm) -> None:
         was_up = vm.is_up
         vm.unit = await self._systemd.state(vm.debug_service if vm.debug else vm.service)
+        if was_up and not vm.is_up and vm.preparing:
+            vm.prepared = time.monotonic_ns() // 1000  # nobody waits any more for what is being prepared
         if not vm.is_up and (vm.record is not None or vm.unit.active == "failed"):
             await self._endings.tell(vm)
         run = vm.unit.invocation or (vm.record.invocation if vm.record is not None else "")
@@ -347,9 +348,7 @@ class Lifecycle:
     def _check_start(self, vm: Vm, unit: str, result: str, told: str) -> None:
         """`told` is what find_told said before the start. StartFailed unless it is done."""
         if result != "done":
-            reason = (vm.last_result if self._endings.find_told(vm) != told else "") or (
-                f"systemd says '{result}'"
-            )
+            reason = (self._endings.find_told(vm) != told and vm.last_result) or f"systemd says '{result}'"
             raise StartFailed(f"VM '{vm.name}' failed to start: {reason}", f"journalctl -u {unit}")
 
     async def _settle(self, vm: Vm) -> None:

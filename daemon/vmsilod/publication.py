@@ -63,6 +63,7 @@ class Publication:
         self._shown: dict[str, str] = {}
         self._published = False
         self._awaited: frozenset[str] = frozenset()
+        self._owed: set[str] = set()  # VMs that were broken when those with auto_start were started
 
     async def reload(self) -> list[Problem]:
         """Read everything again and take it over; returns what is wrong with it."""
@@ -71,6 +72,7 @@ class Publication:
             configuration = self.amend(await loop.in_worker(load_configuration))
             self._registry.apply(configuration)
             self._awaited = configuration.awaited
+            self._owed -= configuration.vms.keys()
             # At once: whoever starts now waits for it. TAPs are there before a unit can want them.
             await self._network.apply(
                 configuration.settings,
@@ -89,16 +91,25 @@ class Publication:
 
     def links_touched(self) -> None:
         """A network device came, went or changed; a VM may have waited for it."""
-        if any((SYS_NET / device).exists() for device in self._awaited):
+        awaited = self._awaited
+        if any((SYS_NET / device).exists() for device in awaited):
             self._awaited = frozenset()
-            loop.spawn(self._admit_late())
+            loop.spawn(self._admit_late(awaited))
 
-    async def _admit_late(self) -> None:
-        late = {vm.name for vm in self._registry if vm.config is None}
-        await self.reload()
+    async def _admit_late(self, awaited: frozenset[str]) -> None:
+        owed = set(self._owed)
+        try:
+            await self.reload()
+        except VmsiloError:
+            self._awaited = awaited
+            raise
         for vm in self._registry:
-            if vm.name in late and vm.config is not None and vm.config.auto_start:
+            if vm.name not in owed or vm.config is None or not vm.config.auto_start or vm.is_up or vm.debug:
+                continue
+            try:
                 await self._systemd.start(vm.service)
+            except VmsiloError as error:
+                log.error("VM %s: %s", vm.name, error)
 
     async def check(self) -> list[dict[str, str]]:
         configuration = await loop.in_worker(load_configuration)
@@ -144,6 +155,7 @@ class Publication:
         if BOOTED_MARK.exists():
             return
         BOOTED_MARK.touch()
+        self._owed = {vm.name for vm in self._registry if vm.config is None}
         await self._systemd.start(AUTOSTART_TARGET)
 
     def show_status(self, vm: Vm) -> None:

@@ -48,7 +48,7 @@ class Vm:
     vmm: Literal["crosvm", "qemu", "cloud-hypervisor"] | None = None  # what its unit was written for
     killing: str = ""  # the invocation that somebody wants to end at once
     preparing: int = 0  # starts that are being prepared, or wait for it
-    prepared: int = 0  # when the last of them was over, well or not: CLOCK_MONOTONIC in microseconds
+    prepared: int = 0  # when the last of them, or its unit's run, was over: CLOCK_MONOTONIC in microseconds
     lost_share: str = ""  # what ended of its own, without which the VM cannot go on
     stop_deadline: float | None = None
     lock: Lock = field(default_factory=Lock)

@@ -89,12 +89,15 @@ class Runs:
         """
         vm = self._registry.require(peer.name)
         vm.preparing += 1
+        before = vm.prepared
         try:
             await self._endings.admit(vm, peer.unit, peer.pid)
             return await self._prepare_locked(vm, peer, fds)
         finally:
             vm.preparing -= 1
-            vm.prepared = time.monotonic_ns() // 1000
+            if vm.prepared == before:
+                vm.prepared = time.monotonic_ns() // 1000
+            self._on_change(vm)
 
     async def _prepare_locked(self, vm: Vm, peer: Peer, fds: list[int]) -> Prepared:
         async with vm.lock:

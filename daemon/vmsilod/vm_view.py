@@ -35,7 +35,7 @@ def view_of(vm: Vm) -> VmView:
         uid=vm.record.uid if vm.record is not None else 0,
         cid=vm.record.cid if vm.record is not None else 0,
         since=vm.unit.active_since if vm.is_up else 0,
-        start_over=START_UNDER_WAY if vm.preparing else vm.prepared,
+        start_over=START_UNDER_WAY if vm.preparing and vm.is_up else vm.prepared,
         last_result=vm.last_result,
         last_outcome=vm.last.kind.value if vm.last is not None else "",
         auto_start=shown.auto_start if shown else False,

@@ -97,6 +97,14 @@ def test_loop_device_is_its_file(tmp_path: Path) -> None:
         assert backing_of(fd) == ""
 
 
+def test_loop_device_of_a_part_of_a_file_has_not_all_of_it(tmp_path: Path) -> None:
+    file = tmp_path / "data.img"
+    file.write_bytes(bytes(8192))
+    with loop_of(file, "-o", "4096") as device, opened(device) as fd:
+        assert relatives_of(fd) == {key_of_status(file.stat())}
+        assert backing_of(fd) == ""
+
+
 def test_loop_device_is_the_device_below_it(tmp_path: Path) -> None:
     file = tmp_path / "data.img"
     file.write_bytes(bytes(8192))
@@ -109,13 +117,23 @@ def test_loop_device_that_does_not_answer_holds_up_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is asked again when who asked it has ended."""
-    monkeypatch.setattr("vmsilod.resources.loop_devices.ANSWER_SECONDS", 0.2)
     file = tmp_path / "data.img"
     file.write_bytes(bytes(4096))
-    with loop_of(file) as device, subprocess.Popen(["sleep", "60"], stdout=subprocess.PIPE) as stuck:
-        loop = (str(device), key_of_status(file.stat()), False)
-        assert loop not in find_loops(("sh", "-c", "exec sleep 60"))
+    with (
+        loop_of(file) as one,
+        loop_of(file) as two,
+        subprocess.Popen(["sleep", "60"], stdout=subprocess.PIPE) as stuck,
+    ):
+        device, other = sorted((one, two))
+        loop, other_loop = ((str(each), key_of_status(file.stat()), False) for each in (device, other))
+        hang = f'[ "$0" != {device} ] || exec sleep 60; exec {" ".join(loop_devices.ASK)} "$0"'
+        with monkeypatch.context() as patch:
+            patch.setattr(loop_devices, "ANSWER_SECONDS", 1.0)
+            found = find_loops(("sh", "-c", hang))
+        assert loop not in found
+        assert other_loop in found  # which was asked after the one that hangs
         assert f"{device} does not answer" in caplog.text
+        assert f"{other} does not answer" not in caplog.text
         monkeypatch.setitem(loop_devices._silent, str(device), stuck)
         assert loop not in find_loops()
         stuck.kill()

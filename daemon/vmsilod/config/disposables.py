@@ -16,8 +16,7 @@ from vmsilod.config.table import Table
 V4_BITS = 30
 """Prefix of the network that one interface of a disposable gets: the host's address and the guest's."""
 V6_BITS = 64
-LIMIT_MAX = 192
-"""What disposables.leashes can watch over, of all users."""
+LIMIT_MAX = 1000
 
 
 def _check_v4_pool(text: str) -> str:

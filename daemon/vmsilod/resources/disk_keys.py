@@ -11,10 +11,13 @@ import os
 import stat
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 SYS_DEV_BLOCK = Path("/sys/dev/block")
 LOOP_GET_STATUS64 = 0x4C05  # linux/loop.h
-LOOP_INFO64_SIZE = 232  # bytes of struct loop_info64, which begins with the file's st_dev, st_ino, st_rdev
+LOOP_INFO64_SIZE = (
+    232  # bytes of struct loop_info64: st_dev, st_ino, st_rdev of the file, offset, limit, ...
+)
 
 
 def key_of(fd: int) -> str:
@@ -38,19 +41,19 @@ def relatives_of(fd: int, devices: Path = SYS_DEV_BLOCK) -> set[str]:
     backing = _ask_backing(fd)
     if backing is None:
         return found
-    key, number = backing
-    return found | {key} | (_find_parts(_device(number, devices)) if number else set())
+    parts = _find_parts(_device(backing.number, devices)) if backing.number else set()
+    return found | {backing.key} | parts
 
 
 def backing_of(fd: int, devices: Path = SYS_DEV_BLOCK) -> str:
-    """The key of the file or device that a loop device is made of; "" for anything else, and for one of its
-    partitions, which has only a part of it.
+    """The key of the file or device that a loop device is made of; "" for anything else, and for what has
+    only a part of it: a partition, or an offset or limit of its own.
     """
     status = os.fstat(fd)
     if not stat.S_ISBLK(status.st_mode) or (_device(status.st_rdev, devices) / "partition").exists():
         return ""
     backing = _ask_backing(fd)
-    return "" if backing is None else backing[0]
+    return "" if backing is None or backing.is_part else backing.key
 
 
 def _device(number: int, devices: Path) -> Path:
@@ -67,17 +70,23 @@ def _find_parts(device: Path) -> set[str]:
     return found
 
 
-def _ask_backing(fd: int) -> tuple[str, int] | None:
-    """The key of what a loop device, or the one of a partition, is made of; its number if it is a device."""
+class _Backing(NamedTuple):
+    """Of a loop device, or the one that a partition is on; `number` is that of a device, 0 of a file's."""
+
+    key: str
+    number: int
+    is_part: bool
+
+
+def _ask_backing(fd: int) -> _Backing | None:
     info = bytearray(LOOP_INFO64_SIZE)
     try:
         fcntl.ioctl(fd, LOOP_GET_STATUS64, info)
     except OSError:
         return None
-    device, inode, number = struct.unpack_from("=QQQ", info)
-    if number:
-        return f"block:{os.major(number)}:{os.minor(number)}", number
-    return f"file:{device}:{inode}", 0
+    device, inode, number, offset, limit = struct.unpack_from("=QQQQQ", info)
+    key = f"block:{os.major(number)}:{os.minor(number)}" if number else f"file:{device}:{inode}"
+    return _Backing(key, number, bool(offset or limit))
 
 
 def _read_key(device: Path) -> str:

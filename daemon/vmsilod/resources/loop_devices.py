@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 SYS_BLOCK = Path("/sys/block")
 ASK = ("losetup", "--list", "--json", "--output", "BACK-INO,BACK-MAJ:MIN,RO")
 ANSWER_SECONDS = 2.0  # for all of them; one takes 2 ms
+LATE_SECONDS = 0.05  # to read what has been answered, when that time is over
 _silent: dict[str, subprocess.Popen[bytes]] = {}  # of devices that have not answered yet
 
 
@@ -50,13 +51,13 @@ def refuse_loop_device(fd: int, title: str, *, writable: bool) -> None:
 
 def find_loops(command: Sequence[str] = ASK) -> list[LoopFile]:
     """Those that have a file and answer in time; `command` is one that asks losetup(8)'s question."""
-    devices = [f"/dev/{entry.parent.name}" for entry in SYS_BLOCK.glob("loop*/loop")]
+    devices = [f"/dev/{entry.parent.name}" for entry in sorted(SYS_BLOCK.glob("loop*/loop"))]
     asked = [(device, _ask(command, device)) for device in devices if not _is_silent(device)]
     deadline = time.monotonic() + ANSWER_SECONDS
     found: list[LoopFile] = []
     for device, process in asked:
         try:
-            answer, _ = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
+            answer, _ = process.communicate(timeout=max(LATE_SECONDS, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             log.warning("%s does not answer: not looked at when disks are compared", device)
             process.kill()  # and not waited for
@@ -69,9 +70,11 @@ def find_loops(command: Sequence[str] = ASK) -> list[LoopFile]:
 
 
 def _is_silent(device: str) -> bool:
-    if device in _silent and _silent[device].poll() is not None:
-        del _silent[device]
-    return device in _silent
+    process = _silent.get(device)
+    if process is not None and process.poll() is not None:
+        _silent.pop(device, None)
+        return False
+    return process is not None
 
 
 def _ask(command: Sequence[str], device: str) -> subprocess.Popen[bytes]:

@@ -140,7 +140,7 @@ def test_a_crash_of_vmsilod_amid_an_attachment_is_cured_by_a_detachment(plug: Co
 
 
 def kill_vmsilod(host: Container) -> None:
-    host.run("systemctl kill --kill-whom=main --signal=KILL vmsilod.service")
+    host.kill_main("vmsilod.service")
 
 
 def wait_for_vmsilod(host: Container) -> None:

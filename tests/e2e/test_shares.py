@@ -192,7 +192,7 @@ def test_nothing_runs_after_the_vmm_was_killed(files: Container) -> None:
 
 def test_shares_outlive_vmsilod_and_end_with_the_vm(files: Container) -> None:
     start(files)
-    files.run("systemctl kill -s KILL --kill-whom=main vmsilod.service")
+    files.kill_main("vmsilod.service")
     assert guest(files, "echo on > ~/while-away; cat ~/while-away") == "on\n"
     files.wait_until("vmsilo list >/dev/null")
     files.run(
@@ -205,7 +205,7 @@ def test_shares_outlive_vmsilod_and_end_with_the_vm(files: Container) -> None:
 def test_a_start_survives_a_kill_of_vmsilod_at_its_shares(files: Container) -> None:
     files.run("systemctl start --no-block vmsilo-files-vm.service")
     files.wait_until("systemctl -q is-active vmsilo-files-share@desk.service")
-    files.run("systemctl kill -s KILL --kill-whom=main vmsilod.service")
+    files.kill_main("vmsilod.service")
     files.wait_until("vmsilo list | grep -q 'files *running'", seconds=120)
     assert files.run("pgrep -c virtiofsd").stdout == "5\n"
     assert guest(files, "cat ~/new /mnt/desk/note") == "hello\nfrom-host\n"

@@ -56,7 +56,7 @@ def test_a_vm_without_interfaces_has_only_its_own_loopback(online: Container) ->
 
 
 def test_the_guest_goes_on_through_a_crash_of_vmsilod(online: Container) -> None:
-    online.run("systemctl kill --kill-whom=main --signal=KILL vmsilod.service")
+    online.kill_main("vmsilod.service")
     assert ask(online, "online", INTERNET) == WAN
     online.wait_until("systemctl -q is-active vmsilod.service", seconds=20)
     assert ask(online, "online", INTERNET) == WAN

@@ -18,6 +18,9 @@ DAEMONS = ("vmsilod.service", "vmsilo-relayd.service")
 
 def kill(site: Site, daemon: str, signal: str = "KILL") -> None:
     """The main process alone; nothing happens if there is none just now."""
+    if signal == "KILL":
+        site.host.kill_main(daemon)
+        return
     site.host.run(["systemctl", "kill", "--kill-whom=main", f"--signal={signal}", daemon], check=False)
 
 

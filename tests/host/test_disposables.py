@@ -63,9 +63,7 @@ def end(site: Site, client: subprocess.Popen[bytes], command: str, how: str = "K
 
 
 def kill_daemon(site: Site) -> None:
-    pid = site.host.run("systemctl show -P MainPID vmsilod.service").stdout.strip()
-    site.host.run("systemctl kill --kill-whom=main --signal=KILL vmsilod.service", check=False)
-    site.host.wait_until(f"test ! -e /proc/{pid}", seconds=20)
+    site.host.kill_main("vmsilod.service")
 
 
 def wait_for_daemon(site: Site) -> None:

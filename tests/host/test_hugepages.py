@@ -81,7 +81,7 @@ def taken(before: int) -> int:
 
 
 def kill_vmsilod(site: Site) -> None:
-    site.host.run("systemctl kill -s KILL --kill-whom=main vmsilod.service")
+    site.host.kill_main("vmsilod.service")
     site.host.wait_until("systemctl -q is-active vmsilod.service && vmsilo list", seconds=30)
 
 

@@ -75,7 +75,7 @@ def test_vmsilod_is_killed_and_the_next_one_goes_on(site: Site) -> None:
     assert site.vm_run(name, "true").returncode == 0
     before = link(site, f"{name}-0")["ifindex"], link(site, f"{other}-0")["ifindex"]
     ruled = rules(site)
-    site.host.run("systemctl kill --kill-whom=main --signal=KILL vmsilod.service")
+    site.host.kill_main("vmsilod.service")
     site.host.wait_until("systemctl -q is-active vmsilod.service", seconds=20)
     assert rules(site) == ruled
     assert (link(site, f"{name}-0")["ifindex"], link(site, f"{other}-0")["ifindex"]) == before

@@ -259,7 +259,7 @@ def test_vmsilod_is_killed_between_crash_and_start(site: Site, milliseconds: int
     name = site.running(text=ON_CRASH)
     pid = signal_vmm(site, name, "SEGV")
     time.sleep(milliseconds / 1000)
-    site.host.run("systemctl kill --kill-whom=main --signal=KILL vmsilod.service", check=False)
+    site.host.kill_main("vmsilod.service")
     wait_for_new_pid(site, name, pid)
     assert site.vm_run(name, "echo", "back").stdout == "back\n"
 

@@ -199,6 +199,13 @@ class Container(AbstractContextManager["Container"]):
                 raise AssertionError(f"still not true after {seconds:g} s: {condition}")
             time.sleep(0.1)
 
+    def kill_main(self, unit: str) -> None:
+        """SIGKILL for the main process of a unit, if it has one, which is gone when this returns."""
+        pid = self.run(["systemctl", "show", "-P", "MainPID", unit]).stdout.strip()
+        self.run(["systemctl", "kill", "--kill-whom=main", "--signal=KILL", unit], check=False)
+        if pid != "0":
+            self.wait_until(f"test ! -e /proc/{pid}")
+
     def journal(self, *units: str, since: str = "") -> str:
         arguments = [argument for unit in units for argument in ("-u", unit)]
         return self.run(["journalctl", "--no-pager", "-o", "short-precise", *arguments]).stdout

@@ -47,6 +47,7 @@ def test_an_upgrade_keeps_vms_and_their_commands(demo: Container) -> None:
 KEPT = (
     "/root",
     "/etc/vmsilo",
+    "/etc/firewalld",
     "/var/lib/vmsilo",
     "/shared",
     "/srv",

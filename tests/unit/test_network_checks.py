@@ -145,7 +145,7 @@ def test_conflict_is_told_of_both_with_both_places(tmp_path: Path, kind: str) ->
     configuration = load(tmp_path, {"a": first, "b": second, "c": wan("", "eth7")})
     assert set(configuration.broken) == {"a", "b"}
     assert set(configuration.vms) == {"c"}
-    lines = [line for line in run_check(tmp_path) if "br9" not in line and "it must be there" not in line]
+    lines = [line for line in run_check(tmp_path) if "br9" not in line and "it is there" not in line]
     assert lines == expected
 
 
@@ -234,9 +234,9 @@ def test_bridge_and_link_must_be_there(tmp_path: Path) -> None:
     write(tmp_path, {"a": wan('tap.bridge = "br9"'), "b": wan('type = "macvtap"\nmacvtap.link = "e9"')})
     assert run_check(tmp_path) == [
         f"{A}: {WAN}.tap.bridge: this machine has no network interface 'br9'",
-        "    it must be there when vmsilod reads the files",
+        "    the VM can be started as soon as it is there",
         f"{B}: {WAN}.macvtap.link: this machine has no network interface 'e9'",
-        "    it must be there when vmsilod reads the files",
+        "    the VM can be started as soon as it is there",
     ]
     assert load_configuration([tmp_path], BARE).problems == ()
 

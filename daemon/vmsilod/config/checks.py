@@ -81,6 +81,15 @@ def find_missing_template(settings: GlobalConfig, file: str, names: Collection[s
     return [Problem(file, "disposables.template", fact, "vm-run --here needs one, unless it names another")]
 
 
+def check_root(vm: VmFile, find_origin: Callable[[tuple[str, ...]], str]) -> list[Problem]:
+    """Only a root of its own is a VM's to write."""
+    if vm.root_disk is not None or vm.root_disk_readonly:
+        return []
+    key = "root_disk_readonly"
+    fact, hint = "the image's root belongs to all VMs of the image", "set root_disk to a copy of it"
+    return [Problem(find_origin((key,)), key, fact, hint, vm=vm.name)]
+
+
 MEMORY_STEP = 128
 """MiB: what virtio-mem regions of cloud-hypervisor, and memory blocks of an x86 guest, come in."""
 
@@ -96,10 +105,6 @@ def check_vmm(vm: VmFile, vmm: str, find_origin: Callable[[tuple[str, ...]], str
         if getattr(vm, key):
             fact, hint = "not with cloud-hypervisor", 'set vmm to "crosvm" or "qemu"'
             problems.append(Problem(find_origin((key,)), key, fact, hint, vm=vm.name))
-    if vm.root_disk is None and not vm.root_disk_readonly:
-        fact, hint = "the image's root belongs to all VMs of the image", "set root_disk to a copy of it"
-        place = find_origin(("root_disk_readonly",))
-        problems.append(Problem(place, "root_disk_readonly", fact, hint, vm=vm.name))
     for device in vm.vhost_user if vmm != "auto" else ():
         shape = VhostUserDevice(device.type, device.socket, tuple(device.options.items()))
         if fault := vhost_user.find_fault(shape, vmm):

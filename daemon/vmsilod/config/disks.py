@@ -23,8 +23,6 @@ DISKS_MAX = 16
 PERSIST_MAX = 64
 MIN_SIZE = 16 << 20  # bytes; an ext4 with a journal is not made smaller
 MAX_SIZE = 1 << 50
-OVERLAY_SERIAL = "vmsilo-overlay"
-CRYPT_SERIAL = "vmsilo-crypt"
 PERSIST_SERIAL = "vmsilo-persist"
 PERSIST_ID = "persist"
 """What people call the disk of `persist`; no disk of theirs has this id."""

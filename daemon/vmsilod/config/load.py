@@ -86,6 +86,7 @@ def load_configuration(roots: Sequence[Path] = DEFAULT_ROOTS, checks: Checks | N
     for vm, document in found.vms.values():
         vmm = vm.vmm or (settings.vmm if settings else "auto")
         found.problems += checking.check_vmm(vm, vmm, document.find_origin)
+        found.problems += checking.check_root(vm, document.find_origin)
         found.problems += image_options.check_image(vm, vmm, document.find_origin)
         found.problems += checking.check_disposable(vm, document.find_origin)
     _check_network(found, settings, settings_file, checks)
@@ -218,8 +219,9 @@ def _check_network(found: _Found, settings: GlobalConfig | None, document: Docum
     for file in files.values():
         found.warnings += network_checks.find_stray_gateways(file)
         if checks.files:
-            found.problems += network_checks.check_devices(file)
+            # First: one that comes in between is looked for in vain, not missed.
             found.awaited |= network_checks.find_absent(file)
+            found.problems += network_checks.check_devices(file)
     if settings is not None and checks.files:
         found.warnings += network_checks.find_missing_nat(settings, nat_file)
         found.warnings += network_checks.find_host_overlaps(files)

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vmsilod.config.disks import CRYPT_SERIAL, OVERLAY_SERIAL, PERSIST_SERIAL, AdditionalDisk, parse_size
+from vmsilod.config.disks import PERSIST_SERIAL, AdditionalDisk, parse_size
 from vmsilod.errors import StartFailed
 from vmsilod.resources import filesystems, image, vhost_user
 from vmsilod.resources.disk_format import Format, check_format
 from vmsilod.resources.loop_devices import refuse_loop_device
 from vmsilod.resources.paths import open_safely
+from vmsilod.vmm.disks import CRYPT_SERIAL, OVERLAY_SERIAL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
